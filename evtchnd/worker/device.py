@@ -1,0 +1,151 @@
+"""What a backend sees of its device: the interface of every `async def run(device)`.
+
+A backend is one coroutine a device. It runs in the domain's worker, from the moment the toolstack's nodes are in
+XenStore to the end of the device; cancelling it is the teardown (deadline: 10 s). It ends in one of these ways:
+
+| how                    | what the worker does                                                            |
+|------------------------|---------------------------------------------------------------------------------|
+| returns                | the device is closed (`state` 6 and `online` 0): descriptors are closed         |
+| GuestError, HostError  | one line in the log, the control plane is told; the device is off, its nodes stay |
+| cancelled              | detach, end of the domain or of the worker                                      |
+| anything else          | our defect: a traceback in the log, and as GuestError                           |
+
+Whatever was bound by `bind()` and not unbound is unbound by the worker.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from evtchnd.channel import Channel
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from evtchnd._core.uring import Uring
+    from evtchnd.channel import Poller
+    from evtchnd.grants import GrantTable
+    from evtchnd.memory import GuestMemory
+    from evtchnd.xenstore.client import Client
+
+log = logging.getLogger(__name__)
+
+# What a live ring needs to be found again by the next worker: plain values only (they cross a socket).
+Params = dict[str, Any]
+
+
+class VbdOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of a block backend; the same names as in the config's `vbd` table, which says why each is what it is."""
+
+    max_ring_page_order: int = 4
+    max_indirect_segments: int = 256
+    engine: str = "auto"  # auto | io_uring | threads
+
+
+class Device:
+    """One device of one domain, as its backend sees it.
+
+    kind            "vbd"
+    name            "domain 7: vbd 51712": begins every log line and error text of the device
+    store           XenStore client, domain 0 confined to the guest's nodes (never `params`)
+    backend_path    "/local/domain/0/backend/vbd/7/51712"; frontend_path "/local/domain/7/device/vbd/51712"
+    uring           this device's own io_uring, or None where io_uring is refused or engine = "threads";
+                    its completions raise `completions` (an eventfd that the backend reads: add_reader)
+    completions     eventfd of this device for the disk side's completions (io_uring's, or the threads')
+    disk_fd         the image or block device, opened by the control plane; belongs to the worker, not closed by run()
+    readonly, cdrom, direct   how the disk was attached (direct: opened with O_DIRECT)
+    journal_fd      the in-flight journal's memfd, made by the control plane for the largest ring allowed
+    connected       params of the live ring if an earlier worker was connected: attach to it, replay, no handshake
+    stats           set by the backend: plain integers by name, read by `info`
+    """
+
+    def __init__(
+        self,
+        *,
+        domid: int,
+        devid: int,
+        kind: str,
+        store: Client,
+        memory: GuestMemory,
+        grants: GrantTable,
+        poller: Poller,
+        loop: asyncio.AbstractEventLoop,
+        uring: Uring | None,
+        completions: int,
+        disk_fd: int,
+        readonly: bool,
+        cdrom: bool,
+        direct: bool,
+        journal_fd: int,
+        options: VbdOptions,
+        connected: Params | None,
+        bind: Callable[[Sequence[int]], Awaitable[list[tuple[int, int]]]],
+        unbind: Callable[[Sequence[int]], None],
+        report: Callable[[Params | None], None],
+    ) -> None:
+        self.domid = domid
+        self.devid = devid
+        self.kind = kind
+        self.name = f"domain {domid}: {kind} {devid}"
+        self.backend_path = f"/local/domain/0/backend/{kind}/{domid}/{devid}"
+        self.frontend_path = f"/local/domain/{domid}/device/{kind}/{devid}"
+        self.store = store
+        self.memory = memory
+        self.grants = grants
+        self.poller = poller
+        self.loop = loop
+        self.uring = uring
+        self.completions = completions
+        self.disk_fd = disk_fd
+        self.readonly = readonly
+        self.cdrom = cdrom
+        self.direct = direct
+        self.journal_fd = journal_fd
+        self.options = options
+        self.connected = connected
+        self.stats: Callable[[], Mapping[str, int]] = dict
+        self._bind = bind
+        self._unbind = unbind
+        self._report = report
+        self._channels: dict[Channel, int] = {}
+
+    async def bind(self, ports: Sequence[int]) -> list[Channel]:
+        """Channels for the guest's `ports`, all or none, through the control plane and the VMM.
+
+        A port that an earlier worker of this device had bound gives the same eventfds again, kicks kept.
+        GuestError if the VMM refuses (no such port, not open to domain 0) or does not answer in time.
+        """
+        pairs = await self._bind(ports)
+        channels = [
+            Channel(kick, notify, name=f"{self.name}: port {port}", poller=self.poller)
+            for port, (kick, notify) in zip(ports, pairs, strict=True)
+        ]
+        self._channels.update(zip(channels, ports, strict=True))
+        return channels
+
+    async def unbind(self, channels: Sequence[Channel]) -> None:
+        """Closes `channels` and gives their ports back to the guest as unbound. Does not wait; twice is nothing."""
+        ports = []
+        for channel in channels:
+            port = self._channels.pop(channel, None)
+            if port is not None:
+                channel.close()
+                ports.append(port)
+        if ports:
+            self._unbind(ports)
+
+    def connected_as(self, params: Params | None) -> None:
+        """Remembers `params` in the control plane, to be `connected` in a worker that replaces this one.
+
+        Call it before the first request is taken; None when the ring is gone (closed, or a new handshake begins).
+        """
+        self.connected = params
+        self._report(params)
+
+    def left_over(self) -> list[Channel]:
+        """Channels that are bound still: what the worker unbinds when `run()` has ended."""
+        return list(self._channels)
