@@ -1,0 +1,313 @@
+"""The daemon's configuration: `evtchnd.toml`, then `evtchnd.toml.d/*.toml` in the order of their names.
+
+Tables of later files are laid over those of earlier ones, key by key; `[[domains]]` of all files are taken together.
+Every fault is reported, one line each: `FILE:KEY: REASON` (or `FILE:LINE: REASON` where it is no TOML at all).
+Units are in the names: `_s` seconds, `_us` microseconds, `_bytes` bytes; everything else is a count.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from evtchnd.abi import DOMID_FIRST_RESERVED, EVTCHN_2L_PORTS_64
+from evtchnd.control import diskspec
+from evtchnd.errors import OperatorError
+
+Engine = Literal["auto", "io_uring", "threads"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+DEFAULT_PATH = Path("/etc/evtchnd/evtchnd.toml")
+DEFAULT_RUNTIME_DIR = "/run/evtchnd"
+
+# A wrong file may have many wrong keys; who corrects it reads the first screenful.
+_MOST_FAULTS = 20
+
+# One tenth of a second is a tick of a busy host, an hour is "never" to whoever waits for a guest.
+Seconds = Annotated[float, Meta(ge=0.1, le=3600)]
+
+
+class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one guest, one VMM or one operator may cost this host."""
+
+    # A domain costs its worker (about 3 MB private) and 20 descriptors before its devices; 512 guests are more than
+    # the largest hosts of Xen's own support statement serve. The domid space ends at 0x7ff0.
+    domains: Annotated[int, Meta(ge=1, le=DOMID_FIRST_RESERVED - 1)] = 512
+    # Connections that have not registered a domain yet: nobody's memory is known then, only a descriptor is held.
+    # A host that starts all its VMMs at once has fewer than this between connect() and REGISTER.
+    pending_connections: Annotated[int, Meta(ge=1, le=4096)] = 64
+    # From connect() to REGISTER. A VMM sends it at once; libxl's own time-out for a device model is 10 s.
+    hello_s: Seconds = 10.0
+    # A reply of the VMM to BIND_PORTS: a few ioctls. 10 s is libxl's LIBXL_INIT_TIMEOUT.
+    request_s: Seconds = 10.0
+    # Messages that a VMM has not read; a device needs two at a time, so a stopped VMM with 64 devices fits in.
+    vmm_queue: Annotated[int, Meta(ge=1, le=65536)] = 256
+    # KVM had 509 user slots for years (512 less 3 private ones); VMMs are written to need no more.
+    memory_slots: Annotated[int, Meta(ge=1, le=32764)] = 512
+    # Xen's default for a guest, gnttab_max_frames=64: 32,768 grants.
+    grant_frames: Annotated[int, Meta(ge=1, le=512)] = 64
+    # Of one domain. The 2-level ABI has 4,096 ports, a few of which the guest keeps for itself.
+    ports: Annotated[int, Meta(ge=1, le=EVTCHN_2L_PORTS_64)] = EVTCHN_2L_PORTS_64
+    # Of one domain. A disk costs a ring of up to 16 pages, its journal and about 8 descriptors.
+    disks: Annotated[int, Meta(ge=1, le=1024)] = 64
+    # Closing of a disk that its guest has to take part in, then it is refused (or forced): libxl's LIBXL_DESTROY_TIMEOUT.
+    detach_s: Seconds = 10.0
+    # Requests in flight when a worker is told to end, as Linux' netback waits for its own.
+    drain_s: Seconds = 10.0
+    # A worker that dies is started again at once, then after a doubling pause: a guest that kills it on purpose costs
+    # the host one fork in half a minute at most.
+    restart_pause_s: Seconds = 0.1
+    restart_pause_max_s: Seconds = 30.0
+    # Operators are people and their scripts.
+    operator_connections: Annotated[int, Meta(ge=1, le=1024)] = 32
+    # A call is a few hundred bytes; a disk string ends at PATH_MAX (4,096).
+    operator_message_bytes: Annotated[int, Meta(ge=4096, le=16 << 20)] = 65536
+
+
+class Poll(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Adaptive polling of the rings before a worker sleeps."""
+
+    # A sleeping CPU takes 50-100 us to wake: looking for about as long can never cost more than twice the wake-up.
+    # KVM's own halt polling ends at 200 us. 0: never poll.
+    max_us: Annotated[int, Meta(ge=0, le=1000)] = 50
+
+
+class Vbd(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Block devices."""
+
+    # 16 pages, 512 requests of 11 segments: Linux' blkback ends there (XENBUS_MAX_RING_GRANT_ORDER 4).
+    max_ring_page_order: Annotated[int, Meta(ge=0, le=4)] = 4
+    # 1 MiB a request, Linux' own maximum (MAX_INDIRECT_SEGMENTS). 0: the feature is not offered.
+    max_indirect_segments: Annotated[int, Meta(ge=0, le=256)] = 256
+    # auto: io_uring, or threads where the kernel refuses it.
+    engine: Engine = "auto"
+
+
+class Xenstore(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Quotas of a guest in XenStore: the defaults of Xen's C server, one by one. Domain 0 has none."""
+
+    nodes: Annotated[int, Meta(ge=1)] = 1000
+    watches: Annotated[int, Meta(ge=1)] = 128
+    outstanding: Annotated[int, Meta(ge=1)] = 20
+    transactions: Annotated[int, Meta(ge=1)] = 10
+    transaction_nodes: Annotated[int, Meta(ge=1)] = 1024
+    permissions: Annotated[int, Meta(ge=1)] = 5
+    # XENSTORE_ABS_PATH_MAX is 3,072, the C server's quota is lower
+    path_bytes: Annotated[int, Meta(ge=256, le=3072)] = 2048
+    node_bytes: Annotated[int, Meta(ge=64, le=4096)] = 2048
+    memory_bytes: Annotated[int, Meta(ge=65536)] = 2621440
+    # Watch events that a client does not read.
+    unread_s: Seconds = 20.0
+
+
+class Domain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a domain gets as soon as its VMM has registered it."""
+
+    domid: Annotated[int, Meta(ge=1, lt=DOMID_FIRST_RESERVED)]
+    # xl's disk strings; see diskspec.py
+    disks: tuple[str, ...] = ()
+
+    @property
+    def disk_specs(self) -> tuple[diskspec.DiskSpec, ...]:
+        """`disks`, read. Paths are absolute (a config file has no current folder)."""
+        return tuple(diskspec.parse(text) for text in self.disks)
+
+
+class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of it. Every key has a default: an empty file is a good one."""
+
+    # vmm.sock, control.sock and xenstored.sock lie here
+    runtime_dir: Annotated[str, Meta(min_length=1)] = DEFAULT_RUNTIME_DIR
+    log_level: LogLevel = "info"
+    # workers as tasks of the control plane, for debugging: a guest that stops one stops all
+    single_process: bool = False
+    limits: Limits = field(default_factory=Limits)
+    poll: Poll = field(default_factory=Poll)
+    vbd: Vbd = field(default_factory=Vbd)
+    xenstore: Xenstore = field(default_factory=Xenstore)
+    domains: tuple[Domain, ...] = ()
+
+    @property
+    def vmm_socket(self) -> Path:
+        """Where VMMs connect (SOCK_SEQPACKET)."""
+        return Path(self.runtime_dir) / "vmm.sock"
+
+    @property
+    def control_socket(self) -> Path:
+        """Where operators connect (Varlink)."""
+        return Path(self.runtime_dir) / "control.sock"
+
+    @property
+    def xenstore_socket(self) -> Path:
+        """Where xenstore-ls and its kin connect (XENSTORED_PATH)."""
+        return Path(self.runtime_dir) / "xenstored.sock"
+
+
+class ConfigError(OperatorError):
+    """One or several faults of a configuration; `faults` has a line for each."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """The same config with some keys changed (what the command line says goes last)."""
+    return msgspec.structs.replace(config, **changes)
+
+
+def load(path: Path | None) -> Config:
+    """Reads `path` and the drop-ins beside it; None: /etc/evtchnd/evtchnd.toml, which may be missing.
+
+    ConfigError with every fault that was found.
+    """
+    if path is None:
+        path = DEFAULT_PATH
+        files = [path, *_dropins(path)] if path.exists() else _dropins(path)
+    else:
+        files = [path, *_dropins(path)]
+    faults: list[str] = []
+    origins = _Origins()
+    merged: dict[str, Any] = {}
+    for file in files:
+        try:
+            _lay_over(merged, tomllib.loads(file.read_text("utf-8")), origins, str(file))
+        except OSError as exc:
+            faults.append(f"{file}: {exc.strerror}")
+        except UnicodeDecodeError as exc:
+            faults.append(f"{file}: byte {exc.start} is no UTF-8")
+        except tomllib.TOMLDecodeError as exc:
+            faults.append(_toml_fault(str(file), str(exc)))
+    config, wrong = _convert(merged)
+    faults += [f"{origins.of(key)}:{key}: {reason}" for key, reason in wrong]
+    faults += [f"{origins.of(key)}:{key}: {reason}" for key, reason in _cross_checks(config)]
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def _dropins(path: Path) -> list[Path]:
+    folder = path.with_name(path.name + ".d")
+    return sorted(folder.glob("*.toml")) if folder.is_dir() else []
+
+
+class _Origins:
+    """Which file said a key last."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, str] = {}
+
+    def note(self, key: str, file: str) -> None:
+        self._files[key] = file
+
+    def of(self, key: str) -> str:
+        while key and key not in self._files:
+            # `domains[2].disks[0]` -> `domains[2].disks` -> `domains[2]`
+            key = re.sub(r"(\[[^\[\]]*\]|\.?[^.\[\]]+)$", "", key)
+        return self._files.get(key, "config")
+
+
+def _lay_over(base: dict[str, Any], over: Mapping[str, Any], origins: _Origins, file: str, prefix: str = "") -> None:
+    for name, value in over.items():
+        key = f"{prefix}{name}"
+        origins.note(key, file)
+        below = base.get(name)
+        if isinstance(value, dict):
+            if not isinstance(below, dict):
+                below = base[name] = {}
+            _lay_over(below, value, origins, file, f"{key}.")
+        elif key == "domains" and isinstance(value, list):
+            here = base[name] = [*below] if isinstance(below, list) else []
+            for entry in value:
+                origins.note(f"domains[{len(here)}]", file)
+                here.append(entry)
+        else:
+            base[name] = value
+
+
+def _toml_fault(file: str, text: str) -> str:
+    found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", text)
+    return f"{file}:{found[2]}: {found[1]}" if found else f"{file}: {text}"
+
+
+def _convert(tree: dict[str, Any]) -> tuple[Config, list[tuple[str, str]]]:
+    """The config of `tree` without what is wrong in it, and (key, reason) of each wrong entry."""
+    faults: list[tuple[str, str]] = []
+    while True:
+        try:
+            return msgspec.convert(tree, Config), faults
+        except msgspec.ValidationError as exc:
+            key, reason = _explain(str(exc))
+            faults.append((key, reason))
+            # take the wrong entry out and look for the next
+            if len(faults) >= _MOST_FAULTS or not _cut(tree, key):
+                return Config(), faults
+
+
+def _explain(text: str) -> tuple[str, str]:
+    """msgspec's "Expected `int` <= 4 - at `$.vbd.order`" as key and reason."""
+    reason, _, place = text.partition(" - at `")
+    key = place.removesuffix("`").removeprefix("$").removeprefix(".")
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", reason)
+    missing = re.fullmatch(r"Object missing required field `(.*)`", reason)
+    if unknown:
+        return _join(key, unknown[1]), "no such key"
+    if missing:
+        return key, f"key `{missing[1]}` is missing"
+    return key, reason[:1].lower() + reason[1:].replace("`", "")
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _cut(tree: Any, key: str) -> bool:
+    """Removes the entry at `key` of `tree`; False if it is not there."""
+    steps: list[str | int] = [
+        int(number) if number else name
+        for name, number in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key.replace("[...]", ""))
+    ]
+    steps = [int(step[1:-1]) if isinstance(step, str) and step.startswith("[") else step for step in steps]
+    if not steps:
+        return False
+    try:
+        for step in steps[:-1]:
+            tree = tree[step]
+        del tree[steps[-1]]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
+
+
+def _cross_checks(config: Config) -> Iterator[tuple[str, str]]:
+    """What one value alone does not show."""
+    if not os.path.isabs(config.runtime_dir):  # noqa: PTH117 -- the text as it stands, before Path tidies it
+        yield "runtime_dir", "must be an absolute path"
+    if config.limits.restart_pause_s > config.limits.restart_pause_max_s:
+        yield "limits.restart_pause_s", f"above limits.restart_pause_max_s ({config.limits.restart_pause_max_s:g})"
+    if 0 < config.vbd.max_indirect_segments <= 11:
+        yield "vbd.max_indirect_segments", "11 fit without indirection: 0 turns it off, 12 is the least"
+    seen: dict[int, int] = {}
+    for index, domain in enumerate(config.domains):
+        first = seen.setdefault(domain.domid, index)
+        if first != index:
+            yield f"domains[{index}].domid", f"domain {domain.domid} is domains[{first}] already"
+        devices: dict[int, int] = {}
+        for number, text in enumerate(domain.disks):
+            key = f"domains[{index}].disks[{number}]"
+            try:
+                spec = diskspec.parse(text)
+            except OperatorError as exc:
+                yield key, str(exc)
+                continue
+            if not spec.target.is_absolute():
+                yield key, f"target '{spec.target}' must be an absolute path"
+            if devices.setdefault(spec.devid, number) != number:
+                yield key, f"vdev {spec.vdev} is taken by disks[{devices[spec.devid]}]"
