@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
+
 from scale import scaled
 
 settings.register_profile(
