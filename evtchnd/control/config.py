@@ -57,7 +57,7 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ports: Annotated[int, Meta(ge=1, le=EVTCHN_2L_PORTS_64)] = EVTCHN_2L_PORTS_64
     # Of one domain. A disk costs a ring of up to 16 pages, its journal and about 8 descriptors.
     disks: Annotated[int, Meta(ge=1, le=1024)] = 64
-    # Closing of a disk that its guest has to take part in, then it is refused (or forced): libxl's LIBXL_DESTROY_TIMEOUT.
+    # Closing of a disk that its guest has to take part in: libxl's LIBXL_DESTROY_TIMEOUT.
     detach_s: Seconds = 10.0
     # Requests in flight when a worker is told to end, as Linux' netback waits for its own.
     drain_s: Seconds = 10.0
@@ -240,13 +240,24 @@ def _toml_fault(file: str, text: str) -> str:
 def _convert(tree: dict[str, Any]) -> tuple[Config, list[tuple[str, str]]]:
     """The config of `tree` without what is wrong in it, and (key, reason) of each wrong entry."""
     faults: list[tuple[str, str]] = []
+    domains = tree.get("domains")
+    if isinstance(domains, list):
+        # one by one: the fault of an entry must not shift the numbers of those behind it
+        good = []
+        for index, entry in enumerate(domains):
+            try:
+                good.append(msgspec.convert(entry, Domain))
+            except msgspec.ValidationError as exc:
+                key, reason = _explain(str(exc))
+                faults.append((_join(f"domains[{index}]", key), reason))
+        tree = {**tree, "domains": [] if faults else [msgspec.to_builtins(domain) for domain in good]}
     while True:
         try:
             return msgspec.convert(tree, Config), faults
         except msgspec.ValidationError as exc:
             key, reason = _explain(str(exc))
             faults.append((key, reason))
-            # take the wrong entry out and look for the next
+            # take the wrong key out and look for the next
             if len(faults) >= _MOST_FAULTS or not _cut(tree, key):
                 return Config(), faults
 
@@ -265,25 +276,18 @@ def _explain(text: str) -> tuple[str, str]:
 
 
 def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
+    return f"{key}.{name}" if key and name else key or name
 
 
-def _cut(tree: Any, key: str) -> bool:
-    """Removes the entry at `key` of `tree`; False if it is not there."""
-    steps: list[str | int] = [
-        int(number) if number else name
-        for name, number in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key.replace("[...]", ""))
-    ]
-    steps = [int(step[1:-1]) if isinstance(step, str) and step.startswith("[") else step for step in steps]
-    if not steps:
-        return False
-    try:
-        for step in steps[:-1]:
-            tree = tree[step]
-        del tree[steps[-1]]
-    except (KeyError, IndexError, TypeError):
-        return False
-    return True
+def _cut(tree: dict[str, Any], key: str) -> bool:
+    """Removes the key `a.b.c` of nested tables; False if it is not there."""
+    *tables, name = key.split(".")
+    for table in tables:
+        below = tree.get(table)
+        if not isinstance(below, dict):
+            return False
+        tree = below
+    return tree.pop(name, None) is not None
 
 
 def _cross_checks(config: Config) -> Iterator[tuple[str, str]]:
