@@ -1,0 +1,37 @@
+"""evtchnd-bench: what a request costs, beside its limit, in one interleaved run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from evtchnd.bench import blk, report
+from evtchnd.errors import EvtchndError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="evtchnd-bench", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    block = commands.add_parser("blk", help="reads of a soft guest's disk, beside a backend in C on the same rings")
+    blk.add_arguments(block)
+    for command in (block,):
+        command.add_argument("--json", metavar="FILE", help="readings and ratios; -: alone on standard output")
+        command.add_argument("--plot", metavar="FILE.svg", help="bar charts (extra `bench`)")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        done = blk.run(arguments)
+        report.write(done, json_file=arguments.json, plot_file=arguments.plot)
+    except EvtchndError as exc:
+        print(f"evtchnd-bench: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
