@@ -12,7 +12,8 @@ import pytest
 from evtchnd.guest.ext4 import Ext4, Ext4Error
 
 PATH = os.environ["PATH"] + ":/usr/sbin"
-pytestmark = pytest.mark.skipif(not shutil.which("mkfs.ext4", path=PATH), reason="no mkfs.ext4: apt-get install e2fsprogs")
+pytestmark = pytest.mark.skipif(
+    not shutil.which("mkfs.ext4", path=PATH), reason="no mkfs.ext4: apt-get install e2fsprogs"
 )
 
 

@@ -16,6 +16,8 @@ from typing import Any
 from evtchnd import _core
 from evtchnd.errors import HostError
 
+COLOURS = ["#2b6cb0", "#a0aec0", "#dd6b20", "#718096"]
+
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory (bytes), kernel and versions of what was measured."""
@@ -104,12 +106,12 @@ def _holds(value: float | None, sign: str, limit: float) -> bool:
 
 def _aligned(lines: list[list[str]]) -> list[str]:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+
+    def laid(line: list[str]) -> str:
+        cells = zip(line, widths, strict=True)
+        return "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells))
+
+    return [laid(line) for line in lines]
 
 
 def write(report: Report, *, json_file: str | None, plot_file: str | None) -> None:
