@@ -1,0 +1,434 @@
+"""An event channel's domain-0 end: an eventfd that the guest kicks, an eventfd that notifies it; adaptive polling.
+
+How a kick becomes work. The loop's reader callback steps the backend's coroutine (its *pump*) with `send()`: no task,
+no Event, no Queue lies between, since each of them costs more than the request itself:
+
+```python
+channel.watch(ring.pending, ring.arm)
+done = channel.drive(pump())            # a future: the pump's end, or its error
+async def pump():
+    while True:
+        await channel.kicked()          # a kick, a poll that hit, or step()
+        ...take, process, push...       # no other await in here
+        channel.notify()                # if push() said so
+```
+
+After a pump the worker's one `Poller` looks at every ring's producer and at every completion source for a bounded
+time, in slices between which the loop runs. While it looks, no ring is armed: the guest sees an old req_event and
+sends no kick. Only then it arms each ring, which looks a last time, and sleeps.
+
+The window adapts, as KVM's halt polling does (Documentation/virt/kvm/halt-polling.rst), with one difference. KVM
+compares the time it slept with the longest window. Here that time contains the wake-up of this CPU, which is often
+longer than the window itself, so it cannot tell a guest that comes back after 20 us from one that comes back after 80.
+Therefore it is tried: a hit doubles the window, a miss halves it down to nothing, and after a try that did not pay the
+next one waits for twice as many short sleeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any, Protocol
+
+from .errors import HostError, VmmError
+
+_ONE = (1).to_bytes(8, "little")
+
+SLICE_NS = 20_000
+"""How long a poll keeps the loop from other descriptors: about what one batch of a full ring costs."""
+LEAST_NS = 6_000
+"""A shorter window than this pays for itself only by chance: a look at eight rings takes one or two us."""
+WAKE_NS = 100_000
+"""What waking an idle CPU takes at most (50-100 us were measured): a sleep of up to the longest window plus this may
+have been a short pause of the guest, and is worth a try."""
+MOST_SKIPPED = 1024
+"""After tries that never paid, one short sleep in so many is tried again: below 0.1 % of the CPU."""
+
+
+class Source(Protocol):
+    """Where completions come from (an io_uring, a disk's threads): one eventfd, and a cheap look.
+
+    `pending()` also hands over what was queued and not yet submitted. `ready()` sorts what has completed to its
+    owners and wakes them, normally through `Channel.step`.
+    """
+
+    @property
+    def eventfd(self) -> int: ...
+    def pending(self) -> bool: ...
+    def ready(self) -> None: ...
+
+
+class _Kick:
+    """What a pump awaits: hands control back to whoever steps it, once."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[_Kick, None, None]:
+        yield self
+
+
+def _no() -> bool:
+    return False
+
+
+class Channel:
+    """One event channel. Owns both descriptors: `close()` closes them.
+
+    kick, notify: eventfds (VmmError otherwise; also for a kick that is an EFD_SEMAPHORE one, which would have to be
+    read once a kick, 2**64 times if someone wrote that into it). Both are made non-blocking.
+    name: for log lines and errors, as "domain 7: vbd 51712". Without a poller there is no polling: the ring is armed
+    after every pump.
+
+    Counters, plain integers: `kicks` (what the kick eventfd counted; kicks fold), `wakeups` (callbacks of it),
+    `notifications`.
+    """
+
+    def __init__(self, kick: int, notify: int, *, name: str, poller: Poller | None = None) -> None:
+        _check_eventfd(kick, f"{name}: kick", semaphore_ok=False)
+        _check_eventfd(notify, f"{name}: notify", semaphore_ok=True)
+        # The other end shares these file flags and could take O_NONBLOCK away again: it would stall its own domain.
+        os.set_blocking(kick, False)
+        os.set_blocking(notify, False)
+        self.kick_fd = kick
+        self.notify_fd = notify
+        self.name = name
+        self.kicks = 0
+        self.wakeups = 0
+        self.notifications = 0
+        self.closed = False
+        self._poller = poller
+        self._kick = _Kick()
+        self._coro: Coroutine[Any, Any, None] | None = None
+        self._done: asyncio.Future[None] | None = None
+        self._running = False
+        self._again = False
+        self._has_watch = False
+        # The poller's view; see Poller._look and _sleep.
+        self.pending: Callable[[], bool] = _no
+        self.arm: Callable[[], bool] = _no
+        self.armed = True
+        self.more = False
+
+    def kicked(self) -> Awaitable[None]:
+        """Returns when there may be work: a kick, a poll that hit, `step()`. The first one waits, too.
+
+        Only inside a coroutine that `drive()` steps.
+        """
+        return self._kick
+
+    def drive(self, coro: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
+        """Runs `coro` up to its first `kicked()`, then steps it from the reader callback.
+
+        Its result or exception lands in the future. Cancelling the future closes the coroutine (GeneratorExit at its
+        `await`). Call it once a channel, on the running loop.
+        """
+        if self._coro is not None or self.closed:
+            coro.close()
+            raise RuntimeError(f"{self.name}: a channel drives one coroutine")
+        loop = asyncio.get_running_loop()
+        if self._poller is None:
+            self._poller = Poller(loop, max_us=0)
+        self._coro = coro
+        self._done = loop.create_future()
+        self._done.add_done_callback(self._ended)
+        self._poller.attach(self)
+        loop.add_reader(self.kick_fd, self._on_kick)
+        self.advance()
+        return self._done
+
+    def watch(self, pending: Callable[[], bool], arm: Callable[[], bool]) -> None:
+        """What the poller looks at, and how it arms the ring before it sleeps.
+
+        pending: cheap, no effects; True: the pump has something to take. arm: True: there is something after all.
+        arm must say False when the pump *cannot take more now* (its own bound reached), or the loop spins.
+        """
+        if self.closed:
+            return
+        self.pending = pending
+        self.arm = arm
+
+    def step(self) -> None:
+        """Something else (a completion, a restart) wakes the coroutine at once.
+
+        Called from within the pump itself, the next `kicked()` returns immediately.
+        """
+        if self._running:
+            self._again = True
+        elif self._coro is not None:
+            self.advance()
+            poller = self._poller
+            if poller is not None:
+                poller.pumped()
+
+    def notify(self) -> None:
+        """Raises the guest's event: one eventfd write, never blocks."""
+        self.notifications += 1
+        # EAGAIN: the counter is full, so an event is pending anyway.
+        with suppress(BlockingIOError):
+            os.write(self.notify_fd, _ONE)
+
+    def close(self) -> None:
+        """Ends the coroutine, leaves the loop, closes both descriptors. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        done = self._done
+        self._leave()
+        if done is not None and not done.done():
+            done.cancel()
+        for fd in {self.kick_fd, self.notify_fd}:
+            os.close(fd)
+
+    def advance(self) -> None:
+        """One pump, without the poller's part: for the poller itself."""
+        coro = self._coro
+        if coro is None or self._running:
+            self._again = self._running
+            return
+        self._running = True
+        self.armed = False
+        self.more = False
+        try:
+            while True:
+                self._again = False
+                if coro.send(None) is not self._kick:
+                    coro.throw(RuntimeError(f"{self.name}: a pump awaits kicked() and nothing else"))
+                if not self._again:
+                    break
+        except StopIteration:
+            self._finish(None)
+        except Exception as error:
+            self._finish(error)
+        finally:
+            self._running = False
+        if self._done is not None and self._done.done():
+            self._leave()
+
+    def _on_kick(self) -> None:
+        try:
+            count = os.read(self.kick_fd, 8)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._finish(HostError(f"{self.name}: kick: {error.strerror}"))
+            return
+        if len(count) != 8:
+            self._finish(HostError(f"{self.name}: kick: end of file"))
+            return
+        self.kicks += int.from_bytes(count, "little")
+        self.wakeups += 1
+        poller = self._poller
+        if poller is None:
+            return
+        poller.woken()
+        self.advance()
+        poller.pumped()
+
+    def _finish(self, error: Exception | None) -> None:
+        """The coroutine is over. The reader goes at once: a descriptor in error would call it for ever."""
+        done = self._done
+        self._leave()
+        if done is None or done.done():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def _ended(self, _: asyncio.Future[None]) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        coro, self._coro = self._coro, None
+        self.pending = self.arm = _no
+        self.armed, self.more = True, False
+        if self._poller is not None and self._done is not None:
+            self._poller.detach(self)
+            self._poller.loop.remove_reader(self.kick_fd)
+            self._done = None
+        # close() of a coroutine that is running (a pump that closes its own channel) raises: it ends by itself.
+        if coro is not None and not self._running:
+            coro.close()
+
+
+class Poller:
+    """Adaptive polling: one a worker.
+
+    max_us: the longest window in us; 0: never polls. Counters: `slices`, `hits` (polls that found work), `misses`
+    (windows that found none), `sleeps`.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, max_us: int = 50, clock: Callable[[], int] = perf_counter_ns
+    ) -> None:
+        self.loop = loop
+        self.window_ns = self._max = max_us * 1000
+        self.slices = 0
+        self.hits = 0
+        self.misses = 0
+        self.sleeps = 0
+        self._clock = clock
+        self._channels: tuple[Channel, ...] = ()
+        self._sources: tuple[Source, ...] = ()
+        self._users: list[Source] = []
+        self._next: asyncio.Handle | None = None
+        self._busy = False
+        self._paid = False
+        self._deadline = 0
+        self._slept_at: int | None = None
+        self._skip = 0
+        self._skipped = 0
+        self._closed = False
+
+    def attach(self, channel: Channel) -> None:
+        """Looks at that channel from now on; `Channel.drive` calls it."""
+        self._channels = (*self._channels, channel)
+
+    def detach(self, channel: Channel) -> None:
+        self._channels = tuple(other for other in self._channels if other is not channel)
+
+    def add_source(self, source: Source) -> None:
+        """Looks at `source`, and reads its eventfd when asleep. Counted: one `remove_source` for each."""
+        self._users.append(source)
+        if source in self._sources:
+            return
+        self._sources = (*self._sources, source)
+        os.set_blocking(source.eventfd, False)
+        self.loop.add_reader(source.eventfd, self._on_completion, source)
+
+    def remove_source(self, source: Source) -> None:
+        if source not in self._users:
+            return
+        self._users.remove(source)
+        if source not in self._users:
+            self._sources = tuple(other for other in self._sources if other is not source)
+            self.loop.remove_reader(source.eventfd)
+
+    def close(self) -> None:
+        """Leaves the loop; channels and sources stay their owners'."""
+        self._closed = True
+        for source in self._sources:
+            self.loop.remove_reader(source.eventfd)
+        self._sources = self._channels = ()
+        self._users.clear()
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+
+    def woken(self) -> None:
+        """A descriptor woke the loop: decides whether polling is worth a try again."""
+        slept_at, self._slept_at = self._slept_at, None
+        if slept_at is None or self.window_ns or not self._max:
+            return
+        if self._clock() - slept_at > self._max + WAKE_NS:
+            return
+        if self._skipped < self._skip:
+            self._skipped += 1
+            return
+        self._skipped = 0
+        self._skip = min(self._skip * 2 + 1, MOST_SKIPPED)
+        self.window_ns = self._max
+
+    def pumped(self) -> None:
+        """After a pump: look on for a while, or arm and sleep."""
+        if self._busy or self._closed:
+            return
+        if self._next is not None:
+            self._deadline = self._clock() + self.window_ns
+        elif self.window_ns:
+            self._paid = False
+            self._deadline = self._clock() + self.window_ns
+            self._next = self.loop.call_soon(self._look)
+        else:
+            self._sleep()
+
+    def _look(self) -> None:
+        """One slice of polling. With a window of 0: one look, when arming found more."""
+        self._next = None
+        self._busy = True
+        self.slices += 1
+        clock = self._clock
+        now = clock()
+        end = min(now + SLICE_NS, self._deadline)
+        try:
+            while True:
+                hit = False
+                for source in self._sources:
+                    if source.pending():
+                        source.ready()
+                        hit = True
+                for channel in self._channels:
+                    if channel.more or channel.pending():
+                        channel.advance()
+                        hit = True
+                now = clock()
+                if hit and self.window_ns:
+                    self._paid = True
+                    self.hits += 1
+                    self._skip >>= 1
+                    self.window_ns = min(self.window_ns * 2, self._max)
+                    self._deadline = now + self.window_ns
+                if now >= end:
+                    break
+        finally:
+            self._busy = False
+        if self._closed:
+            return
+        if now < self._deadline:
+            self._next = self.loop.call_soon(self._look)
+        else:
+            self._missed()
+            self._sleep()
+
+    def _missed(self) -> None:
+        if self.window_ns:
+            self.misses += 1
+            halved = self.window_ns >> 1
+            self.window_ns = halved if halved >= LEAST_NS else 0
+
+    def _sleep(self) -> None:
+        """Arms every ring that was pumped since it was last armed; any that has more is stepped by the next look."""
+        self._busy = True
+        more = False
+        try:
+            for source in self._sources:
+                if source.pending():
+                    source.ready()
+            for channel in self._channels:
+                if not channel.armed:
+                    channel.more = channel.arm()
+                    channel.armed = not channel.more
+                    more = more or channel.more
+        finally:
+            self._busy = False
+        if more:
+            self._deadline = self._clock() + self.window_ns
+            self._next = self.loop.call_soon(self._look)
+        else:
+            self.sleeps += 1
+            self._slept_at = self._clock()
+
+    def _on_completion(self, source: Source) -> None:
+        with suppress(BlockingIOError):
+            os.read(source.eventfd, 8)
+        # What a poll already took leaves its count in the eventfd: that is no reason to look again.
+        if source.pending():
+            self.woken()
+            source.ready()
+            self.pumped()
+
+
+def _check_eventfd(fd: int, what: str, *, semaphore_ok: bool) -> None:
+    """VmmError unless `fd` is an eventfd. The kernel tells in fdinfo (semaphores since 6.5; before, they pass)."""
+    try:
+        info = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    except FileNotFoundError:
+        raise VmmError(f"{what}: descriptor {fd} is closed") from None
+    if "eventfd-count:" not in info:
+        raise VmmError(f"{what}: descriptor {fd} is no eventfd")
+    if not semaphore_ok and "eventfd-semaphore: 1" in info:
+        raise VmmError(f"{what}: an EFD_SEMAPHORE eventfd counts down one by one: make it without")
