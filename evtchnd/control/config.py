@@ -22,6 +22,7 @@ from evtchnd.control import diskspec
 from evtchnd.errors import OperatorError
 
 Engine = Literal["auto", "io_uring", "threads"]
+LogFormat = Literal["auto", "text", "json", "journal"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 DEFAULT_PATH = Path("/etc/evtchnd/evtchnd.toml")
@@ -67,6 +68,8 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     restart_pause_max_s: Seconds = 30.0
     # Operators are people and their scripts.
     operator_connections: Annotated[int, Meta(ge=1, le=1024)] = 32
+    # Without a word; a script that holds its connection can open it again.
+    operator_idle_s: Seconds = 300.0
     # A call is a few hundred bytes; a disk string ends at PATH_MAX (4,096).
     operator_message_bytes: Annotated[int, Meta(ge=4096, le=16 << 20)] = 65536
 
@@ -125,7 +128,10 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     # vmm.sock, control.sock and xenstored.sock lie here
     runtime_dir: Annotated[str, Meta(min_length=1)] = DEFAULT_RUNTIME_DIR
-    log_level: LogLevel = "info"
+    log_level: LogFormat = Literal["auto", "text", "json", "journal"]
+LogLevel = "info"
+    # auto: the journal where standard error is connected to it, else text
+    log_format: LogFormat = "auto"
     # workers as tasks of the control plane, for debugging: a guest that stops one stops all
     single_process: bool = False
     limits: Limits = field(default_factory=Limits)

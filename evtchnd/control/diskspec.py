@@ -35,6 +35,7 @@ class DiskSpec:
     readonly: bool = False
     cdrom: bool = False
     discard: bool = True  # offered, where the target can do it
+    direct: bool = False  # opened with O_DIRECT: past the host's page cache
 
     def absolute(self, folder: Path) -> DiskSpec:
         """The same disk with its target seen from `folder` (the client's current one)."""
@@ -42,7 +43,8 @@ class DiskSpec:
 
     def __str__(self) -> str:
         """The canonical string: `parse(str(spec)) == spec`."""
-        flags = (",cdrom" if self.cdrom else "") + ("" if self.discard else ",no-discard")
+        words = {"cdrom": self.cdrom, "direct-io-safe": self.direct, "no-discard": not self.discard}
+        flags = "".join(f",{word}" for word, said in words.items() if said)
         access = "ro" if self.readonly else "rw"
         return f"format=raw,vdev={self.vdev},access={access}{flags},target={self.target}"
 
@@ -50,7 +52,7 @@ class DiskSpec:
 def parse(text: str) -> DiskSpec:
     """One disk string. OperatorError names the offending word.
 
-    `target=` takes the rest of the string, commas too. direct-io-safe and backendtype say what *may* be done: accepted.
+    `target=` takes the rest of the string, commas too. backendtype says who else could serve it: accepted, unused.
     """
     said: dict[str, str] = {}
     flags: set[str] = set()
@@ -127,6 +129,7 @@ def _spec(said: dict[str, str], flags: set[str]) -> DiskSpec:
         readonly=_ACCESS[access] or kind == "cdrom",
         cdrom=kind == "cdrom",
         discard="no-discard" not in flags,
+        direct="direct-io-safe" in flags,
     )
 
 

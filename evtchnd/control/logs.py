@@ -1,0 +1,150 @@
+"""Where log lines go: the journal with fields where systemd listens, else standard error as text or JSON.
+
+A line that begins `domain 7: vbd 51712:` also gets the fields DOMID and DEVICE (`journalctl DOMID=7`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import socket
+import struct
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+_JOURNAL = "/run/systemd/journal/socket"
+_WHO = re.compile(r"domain (?P<DOMID>\d+)(?:: (?P<DEVICE>[a-z]+ \d+))?\b")
+_PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def setup(level: str, form: str = "auto") -> None:
+    """Logs to the place that `form` names: auto, text, json, journal. auto: the journal if standard error is it.
+
+    Once a process, before the first line; forked children inherit it. Calling it again replaces what was set.
+    """
+    if form == "auto":
+        form = "journal" if _stderr_is_journal(os.environ.get("JOURNAL_STREAM", "")) else "text"
+    handler: logging.Handler
+    if form == "journal":
+        handler = JournalHandler()
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.raiseExceptions = False  # a log that cannot be written ends nobody
+
+
+def fields(record: logging.LogRecord, text: str) -> dict[str, str]:
+    """What is known of a line beside its text, named as the journal names it (systemd.journal-fields(7))."""
+    found = _WHO.match(text)
+    known = {
+        "PRIORITY": str(_PRIORITY.get(record.levelno, 6)),
+        "SYSLOG_IDENTIFIER": "evtchnd",
+        "LOGGER": record.name,
+        "CODE_FILE": record.pathname,
+        "CODE_LINE": str(record.lineno),
+        "CODE_FUNC": record.funcName or "",
+    }
+    return known | {key: value for key, value in (found.groupdict() if found else {}).items() if value}
+
+
+class TextFormatter(logging.Formatter):
+    """`2025-01-31 12:00:00 warning domain 7: vbd 51712: ...`; without the time where something else adds it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace(record.levelname, record.levelname.lower(), 1)
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: time (seconds), level, logger, message, and domid, device where they are known."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        line = {
+            "time": round(record.created, 6),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": text,
+        }
+        known = fields(record, text)
+        line |= {name.lower(): known[name] for name in ("DOMID", "DEVICE") if name in known}
+        return json.dumps(line, ensure_ascii=False)
+
+
+class JournalHandler(logging.Handler):
+    """The journal's native protocol (JOURNAL_NATIVE_PROTOCOL.md): a datagram of fields, a memfd where that is too small."""
+
+    def __init__(self, address: str = _JOURNAL) -> None:
+        super().__init__()
+        self._address = address
+        self._sock: socket.socket | None = None
+        self._pid = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            self._send(encode({"MESSAGE": text} | fields(record, text)))
+        except OSError:
+            # journald restarts, too: the next line tries again
+            sys.stderr.write(f"<{_PRIORITY.get(record.levelno, 6)}>{record.getMessage()}\n")
+        except Exception:
+            self.handleError(record)
+
+    def _send(self, datagram: bytes) -> None:
+        if self._sock is None or self._pid != os.getpid():
+            if self._sock is not None:
+                # a forked worker may have closed the descriptor, and its number may be another's by now
+                self._sock.detach()
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+            self._pid = os.getpid()
+        try:
+            self._sock.sendto(datagram, self._address)
+        except OSError as exc:
+            if exc.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
+                raise
+            self._send_large(self._sock, datagram)
+
+    def _send_large(self, sock: socket.socket, datagram: bytes) -> None:
+        fd = os.memfd_create("journal-entry", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.write(fd, datagram)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+            sock.sendmsg([b""], rights, 0, self._address)
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        if self._sock is not None and self._pid == os.getpid():
+            self._sock.close()
+        self._sock = None
+        super().close()
+
+
+def encode(entry: Mapping[str, str]) -> bytes:
+    """`KEY=value\\n` a field; a value with line breaks as `KEY\\n`, its length (u64, little-endian), value, `\\n`."""
+    parts = []
+    for key, value in entry.items():
+        raw = value.encode("utf-8", "surrogateescape")
+        parts.append(
+            f"{key}\n".encode() + struct.pack("<Q", len(raw)) + raw if b"\n" in raw else f"{key}=".encode() + raw
+        )
+    return b"\n".join(parts) + b"\n"
+
+
+def _stderr_is_journal(stream: str) -> bool:
+    """JOURNAL_STREAM is `device:inode` of the stream that systemd connected; a shell may have redirected it since."""
+    try:
+        stat = os.fstat(2)
+    except OSError:
+        return False
+    return stream == f"{stat.st_dev}:{stat.st_ino}" and Path(_JOURNAL).exists()
