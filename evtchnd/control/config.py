@@ -128,8 +128,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     # vmm.sock, control.sock and xenstored.sock lie here
     runtime_dir: Annotated[str, Meta(min_length=1)] = DEFAULT_RUNTIME_DIR
-    log_level: LogFormat = Literal["auto", "text", "json", "journal"]
-LogLevel = "info"
+    log_level: LogLevel = "info"
     # auto: the journal where standard error is connected to it, else text
     log_format: LogFormat = "auto"
     # workers as tasks of the control plane, for debugging: a guest that stops one stops all

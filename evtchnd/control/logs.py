@@ -81,7 +81,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class JournalHandler(logging.Handler):
-    """The journal's native protocol (JOURNAL_NATIVE_PROTOCOL.md): a datagram of fields, a memfd where that is too small."""
+    """The journal's native protocol : a datagram of fields, or a memfd where that is too large."""
 
     def __init__(self, address: str = _JOURNAL) -> None:
         super().__init__()

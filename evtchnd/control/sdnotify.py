@@ -74,8 +74,8 @@ class Notifier:
         """Removes every stored descriptor of that name."""
         self.send("FDSTOREREMOVE=1", f"FDNAME={_checked(name)}")
 
-    async def barrier(self, timeout: float = 5.0) -> None:
-        """Returns when all that was sent before has been handled. HostError after `timeout` seconds.
+    async def barrier(self, deadline: float = 5.0) -> None:
+        """Returns when all that was sent before has been handled. HostError after `deadline` seconds.
 
         The manager closes the descriptor that comes with BARRIER=1 at that point; nothing else may be in the message.
         """
@@ -91,10 +91,10 @@ class Notifier:
                 os.close(theirs)
             # end of file makes a pipe readable
             loop.add_reader(ours, lambda: hung_up.done() or hung_up.set_result(None))
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(deadline):
                 await hung_up
         except TimeoutError:
-            raise HostError(f"the service manager has not answered BARRIER=1 in {timeout:g} s") from None
+            raise HostError(f"the service manager has not answered BARRIER=1 in {deadline:g} s") from None
         finally:
             loop.remove_reader(ours)
             os.close(ours)
