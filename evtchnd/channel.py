@@ -106,7 +106,6 @@ class Channel:
         self._done: asyncio.Future[None] | None = None
         self._running = False
         self._again = False
-        self._has_watch = False
         # The poller's view; see Poller._look and _sleep.
         self.pending: Callable[[], bool] = _no
         self.arm: Callable[[], bool] = _no
@@ -144,7 +143,8 @@ class Channel:
         """What the poller looks at, and how it arms the ring before it sleeps.
 
         pending: cheap, no effects; True: the pump has something to take. arm: True: there is something after all.
-        arm must say False when the pump *cannot take more now* (its own bound reached), or the loop spins.
+        Both must say False when the pump *cannot take more now* (its own bound reached), or the loop spins. What they
+        raise ends the coroutine, with that error in `drive()`'s future.
         """
         if self.closed:
             return
@@ -162,7 +162,7 @@ class Channel:
             self.advance()
             poller = self._poller
             if poller is not None:
-                poller.pumped()
+                poller.pumped(found=True)
 
     def notify(self) -> None:
         """Raises the guest's event: one eventfd write, never blocks."""
@@ -176,10 +176,7 @@ class Channel:
         if self.closed:
             return
         self.closed = True
-        done = self._done
-        self._leave()
-        if done is not None and not done.done():
-            done.cancel()
+        self._cancel()
         for fd in {self.kick_fd, self.notify_fd}:
             os.close(fd)
 
@@ -189,24 +186,24 @@ class Channel:
         if coro is None or self._running:
             self._again = self._running
             return
-        self._running = True
+        self._running = self._again = True
         self.armed = False
         self.more = False
         try:
-            while True:
+            while self._again:
                 self._again = False
                 if coro.send(None) is not self._kick:
                     coro.throw(RuntimeError(f"{self.name}: a pump awaits kicked() and nothing else"))
-                if not self._again:
-                    break
         except StopIteration:
-            self._finish(None)
+            self.fail(None)
         except Exception as error:
-            self._finish(error)
+            self.fail(error)
+        except asyncio.CancelledError:
+            self._cancel()
         finally:
             self._running = False
-        if self._done is not None and self._done.done():
-            self._leave()
+        if self._coro is not coro:  # closed from within its own pump
+            coro.close()
 
     def _on_kick(self) -> None:
         try:
@@ -214,10 +211,7 @@ class Channel:
         except BlockingIOError:
             return
         except OSError as error:
-            self._finish(HostError(f"{self.name}: kick: {error.strerror}"))
-            return
-        if len(count) != 8:
-            self._finish(HostError(f"{self.name}: kick: end of file"))
+            self.fail(HostError(f"{self.name}: kick: {error.strerror}"))
             return
         self.kicks += int.from_bytes(count, "little")
         self.wakeups += 1
@@ -225,11 +219,16 @@ class Channel:
         if poller is None:
             return
         poller.woken()
+        try:
+            found = self.pending()
+        except Exception as error:
+            self.fail(error)
+            return
         self.advance()
-        poller.pumped()
+        poller.pumped(found=found)
 
-    def _finish(self, error: Exception | None) -> None:
-        """The coroutine is over. The reader goes at once: a descriptor in error would call it for ever."""
+    def fail(self, error: Exception | None) -> None:
+        """The coroutine is over (for the poller, too). The reader goes: a descriptor in error calls it for ever."""
         done = self._done
         self._leave()
         if done is None or done.done():
@@ -238,6 +237,12 @@ class Channel:
             done.set_result(None)
         else:
             done.set_exception(error)
+
+    def _cancel(self) -> None:
+        done = self._done
+        self._leave()
+        if done is not None:
+            done.cancel()
 
     def _ended(self, _: asyncio.Future[None]) -> None:
         self._leave()
@@ -277,7 +282,6 @@ class Poller:
         self._users: list[Source] = []
         self._next: asyncio.Handle | None = None
         self._busy = False
-        self._paid = False
         self._deadline = 0
         self._slept_at: int | None = None
         self._skip = 0
@@ -333,14 +337,14 @@ class Poller:
         self._skip = min(self._skip * 2 + 1, MOST_SKIPPED)
         self.window_ns = self._max
 
-    def pumped(self) -> None:
-        """After a pump: look on for a while, or arm and sleep."""
+    def pumped(self, *, found: bool) -> None:
+        """After a pump: look on for a while, or arm and sleep. Kicks that brought no work do not keep it awake."""
         if self._busy or self._closed:
             return
         if self._next is not None:
-            self._deadline = self._clock() + self.window_ns
+            if found:
+                self._deadline = self._clock() + self.window_ns
         elif self.window_ns:
-            self._paid = False
             self._deadline = self._clock() + self.window_ns
             self._next = self.loop.call_soon(self._look)
         else:
@@ -362,12 +366,14 @@ class Poller:
                         source.ready()
                         hit = True
                 for channel in self._channels:
-                    if channel.more or channel.pending():
-                        channel.advance()
-                        hit = True
+                    try:
+                        if channel.more or channel.pending():
+                            channel.advance()
+                            hit = True
+                    except Exception as error:
+                        channel.fail(error)
                 now = clock()
                 if hit and self.window_ns:
-                    self._paid = True
                     self.hits += 1
                     self._skip >>= 1
                     self.window_ns = min(self.window_ns * 2, self._max)
@@ -398,9 +404,13 @@ class Poller:
             for source in self._sources:
                 if source.pending():
                     source.ready()
+                    more = True
             for channel in self._channels:
                 if not channel.armed:
-                    channel.more = channel.arm()
+                    try:
+                        channel.more = channel.arm()
+                    except Exception as error:
+                        channel.fail(error)
                     channel.armed = not channel.more
                     more = more or channel.more
         finally:
@@ -419,7 +429,7 @@ class Poller:
         if source.pending():
             self.woken()
             source.ready()
-            self.pumped()
+            self.pumped(found=True)
 
 
 def _check_eventfd(fd: int, what: str, *, semaphore_ok: bool) -> None:
