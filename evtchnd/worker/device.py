@@ -15,35 +15,25 @@ Whatever was bound by `bind()` and not unbound is unbound by the worker.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from evtchnd.channel import Channel
+from evtchnd.errors import EvtchndError, GuestError
+from evtchnd.transport import close_all
 
 if TYPE_CHECKING:
     import asyncio
 
     from evtchnd._core.uring import Uring
     from evtchnd.channel import Poller
+    from evtchnd.control.config import Vbd
     from evtchnd.grants import GrantTable
     from evtchnd.memory import GuestMemory
     from evtchnd.xenstore.client import Client
 
-log = logging.getLogger(__name__)
-
 # What a live ring needs to be found again by the next worker: plain values only (they cross a socket).
 Params = dict[str, Any]
-
-
-class VbdOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of a block backend; the same names as in the config's `vbd` table, which says why each is what it is."""
-
-    max_ring_page_order: int = 4
-    max_indirect_segments: int = 256
-    engine: str = "auto"  # auto | io_uring | threads
 
 
 class Device:
@@ -59,6 +49,7 @@ class Device:
     disk_fd         the image or block device, opened by the control plane; belongs to the worker, not closed by run()
     readonly, cdrom, direct   how the disk was attached (direct: opened with O_DIRECT)
     journal_fd      the in-flight journal's memfd, made by the control plane for the largest ring allowed
+    options         the `vbd` table of the configuration (control/config.py: Vbd)
     connected       params of the live ring if an earlier worker was connected: attach to it, replay, no handshake
     stats           set by the backend: plain integers by name, read by `info`
     """
@@ -81,7 +72,7 @@ class Device:
         cdrom: bool,
         direct: bool,
         journal_fd: int,
-        options: VbdOptions,
+        options: Vbd,
         connected: Params | None,
         bind: Callable[[Sequence[int]], Awaitable[list[tuple[int, int]]]],
         unbind: Callable[[Sequence[int]], None],
@@ -120,23 +111,23 @@ class Device:
         GuestError if the VMM refuses (no such port, not open to domain 0) or does not answer in time.
         """
         pairs = await self._bind(ports)
-        channels = [
-            Channel(kick, notify, name=f"{self.name}: port {port}", poller=self.poller)
-            for port, (kick, notify) in zip(ports, pairs, strict=True)
-        ]
+        channels: list[Channel] = []
+        try:
+            for port, (kick, notify) in zip(ports, pairs, strict=True):
+                channels.append(Channel(kick, notify, name=f"{self.name}: port {port}", poller=self.poller))
+        except EvtchndError as exc:
+            for channel in channels:
+                channel.close()
+            close_all(fd for pair in pairs[len(channels) :] for fd in pair)
+            self._unbind(ports)
+            raise GuestError(str(exc)) from None
         self._channels.update(zip(channels, ports, strict=True))
         return channels
 
     async def unbind(self, channels: Sequence[Channel]) -> None:
         """Closes `channels` and gives their ports back to the guest as unbound. Does not wait; twice is nothing."""
-        ports = []
         for channel in channels:
-            port = self._channels.pop(channel, None)
-            if port is not None:
-                channel.close()
-                ports.append(port)
-        if ports:
-            self._unbind(ports)
+            self.release(channel)
 
     def connected_as(self, params: Params | None) -> None:
         """Remembers `params` in the control plane, to be `connected` in a worker that replaces this one.
@@ -145,6 +136,13 @@ class Device:
         """
         self.connected = params
         self._report(params)
+
+    def release(self, channel: Channel) -> None:
+        """What `unbind` does to one channel."""
+        port = self._channels.pop(channel, None)
+        if port is not None:
+            channel.close()
+            self._unbind([port])
 
     def left_over(self) -> list[Channel]:
         """Channels that are bound still: what the worker unbinds when `run()` has ended."""

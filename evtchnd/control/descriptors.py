@@ -1,0 +1,51 @@
+"""Descriptors of this process: how many there may be, and those that several table entries name."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+from evtchnd.errors import HostError
+
+# For what is not a domain's: standard streams, sockets, the loop, the zygote, operators, XenStore clients.
+_RESERVE = 128
+
+
+def raise_limit() -> int:
+    """RLIMIT_NOFILE up to its hard limit: systemd's soft default, 1024, is there for select(). Returns the limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def in_use() -> int:
+    """Open descriptors of this process."""
+    return len(list(Path("/proc/self/fd").iterdir())) - 1
+
+
+def require(count: int, what: str) -> None:
+    """HostError if `count` more descriptors would bring this process near its limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = in_use()
+    if used + count + _RESERVE > limit:
+        raise HostError(f"{what}: {count} descriptors more are too many: {used} of {limit} are in use (LimitNOFILE)")
+
+
+class Held:
+    """A descriptor that lives as long as somebody uses it; made with one user."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._users = 1
+
+    def take(self) -> Held:
+        """One user more."""
+        self._users += 1
+        return self
+
+    def drop(self) -> None:
+        """One user less; the last one closes it."""
+        self._users -= 1
+        if self._users == 0:
+            os.close(self.fd)

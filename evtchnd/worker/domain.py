@@ -1,0 +1,307 @@
+"""One domain's data plane: its memory, its grants, its devices, driven by the control plane's messages.
+
+Closing order: backends, their channels, io_urings and descriptors, then grants, then memory (a page that is mapped
+holds the memory map; see memory.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import logging
+import os
+import socket
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from evtchnd._core.uring import Uring
+from evtchnd.channel import Poller
+from evtchnd.errors import EvtchndError, GuestError, HostError, VmmError
+from evtchnd.grants import GrantTable
+from evtchnd.memory import GuestMemory
+from evtchnd.transport import close_all
+from evtchnd.worker import messages as m
+from evtchnd.worker.device import Device, Params
+from evtchnd.worker.link import Link
+from evtchnd.xenstore.client import Client
+
+log = logging.getLogger(__name__)
+
+Backend = Callable[[Device], Coroutine[Any, Any, None]]
+
+# Messages that may wait for the control plane: it never waits for a worker, so more than this means it has stopped.
+_MOST_WAITING = 1024
+# Requests that one device's io_uring takes at a time; a ring of 16 pages has 512, what is above waits in the ring.
+_URING_ENTRIES = 256
+
+
+class Worker:
+    """Serves `sock` until its other end closes. `backends`: the coroutine of each kind of device."""
+
+    def __init__(self, sock: socket.socket, backends: Mapping[str, Backend]) -> None:
+        self._sock = sock
+        self._backends = backends
+        self._ids = itertools.count(1)
+        self._binds: dict[int, asyncio.Future[list[int]]] = {}
+        self._devices: dict[int, _Running] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """The worker's whole life."""
+        self._loop = asyncio.get_running_loop()
+        self._over = self._loop.create_future()
+        self._link = Link(self._sock, self._received, self._closed, most=_MOST_WAITING)
+        self._domain: _Domain | None = None
+        try:
+            await self._over
+        finally:
+            for future in self._binds.values():
+                future.cancel()
+            await asyncio.gather(*(running.end() for running in list(self._devices.values())))
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._link.close()
+            if self._domain is not None:
+                await self._domain.close()
+
+    # -- messages
+
+    def _closed(self, reason: str) -> None:
+        if reason:
+            log.error("worker: control plane: %s", reason)
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def _received(self, data: bytes, fds: list[int]) -> None:
+        message = m.unpack(data)
+        match message:
+            case m.Bound():
+                self._bound(message, fds)
+            case m.Memory():
+                # Handled here and now, in the order of the messages: a device that comes next sees this memory.
+                self._answer(message.id, lambda: self._memory(message, fds), fds)
+            case m.Setup():
+                self._domain = _Domain(message, socket.socket(fileno=fds[0]), self._loop)
+                self._send(m.Done(message.id))
+            case m.Attach():
+                self._spawn(self._attach(message, fds), message.id)
+            case m.Detach():
+                self._spawn(self._detach(message), message.id)
+            case m.Count():
+                self._send(m.Counted(message.id, self._counters()))
+            case _:
+                close_all(fds)
+                log.error("worker: unexpected message %s", type(message).__name__)
+
+    def _send(self, message: m.AnyMessage, fds: Sequence[int] = ()) -> None:
+        self._link.send(m.pack(message), fds)
+
+    def _answer(self, id: int, change: Callable[[], None], fds: list[int]) -> None:
+        try:
+            change()
+        except (EvtchndError, OSError) as exc:
+            self._send(m.Done(id, getattr(exc, "errno", None) or errno.EINVAL, str(exc)))
+        else:
+            self._send(m.Done(id))
+        finally:
+            close_all(fds)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], id: int) -> None:
+        async def answered() -> None:
+            try:
+                await work
+            except (EvtchndError, OSError) as exc:
+                self._send(m.Done(id, getattr(exc, "errno", None) or errno.EINVAL, str(exc)))
+            except Exception as exc:
+                log.exception("worker: %s", work.__qualname__)
+                self._send(m.Done(id, errno.EIO, f"defect: {exc!r}"))
+            else:
+                self._send(m.Done(id))
+
+        task = self._loop.create_task(answered())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- the domain
+
+    def _ready(self) -> _Domain:
+        if self._domain is None:
+            raise HostError("worker: no Setup yet")
+        return self._domain
+
+    def _memory(self, change: m.Memory, fds: list[int]) -> None:
+        domain = self._ready()
+        for slot in change.slots_gone:
+            domain.memory.remove(slot)
+        for index in change.frames_gone:
+            domain.grants.remove_frame(index)
+        for new in change.slots:
+            domain.memory.add(new.slot, new.gfn, new.pages, fds[new.fd], new.offset)
+        for frame in change.frames:
+            domain.grants.add_frame(frame.index, fds[frame.fd], frame.offset)
+
+    def _counters(self) -> dict[int, dict[str, int]]:
+        counters = {running.device.devid: dict(running.device.stats()) for running in self._devices.values()}
+        if self._domain is not None:
+            counters[0] = {"pinned": self._domain.grants.pinned, "slots": len(self._domain.memory.slots)}
+        return counters
+
+    # -- devices
+
+    async def _attach(self, attach: m.Attach, fds: list[int]) -> None:
+        domain = self._ready()
+        disk_fd, journal_fd = fds
+        backend = self._backends.get(attach.kind)
+        try:
+            if backend is None:
+                raise HostError(f"domain {domain.domid}: no backend for {attach.kind}")
+            if attach.devid in self._devices:
+                raise HostError(f"domain {domain.domid}: {attach.kind} {attach.devid} is there already")
+            store = await domain.store
+            completions = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except BaseException:
+            close_all(fds)
+            raise
+        fds = [*fds, completions]
+        uring = None
+        try:
+            if domain.setup.vbd.engine != "threads":
+                uring = domain.uring(completions)
+            device = Device(
+                domid=domain.domid,
+                devid=attach.devid,
+                kind=attach.kind,
+                store=store,
+                memory=domain.memory,
+                grants=domain.grants,
+                poller=domain.poller,
+                loop=self._loop,
+                uring=uring,
+                completions=completions,
+                disk_fd=disk_fd,
+                readonly=attach.readonly,
+                cdrom=attach.cdrom,
+                direct=attach.direct,
+                journal_fd=journal_fd,
+                options=domain.setup.vbd,
+                connected=attach.connected,
+                bind=lambda ports: self._bind(attach.devid, ports),
+                unbind=lambda ports: self._send(m.Unbind(attach.devid, list(ports))),
+                report=lambda params: self._send(m.Connected(attach.devid, params)),
+            )
+        except BaseException:
+            if uring is not None:
+                uring.close()
+            close_all(fds)
+            raise
+        if uring is not None:
+            self._send(m.UringFd(attach.devid), [uring.fd])
+        running = _Running(device, backend(device), fds, domain.setup.drain_s)
+        self._devices[attach.devid] = running
+        running.task.add_done_callback(lambda _: self._ended(running))
+
+    async def _detach(self, detach: m.Detach) -> None:
+        running = self._devices.get(detach.devid)
+        if running is not None:
+            await running.end()
+
+    def _ended(self, running: _Running) -> None:
+        """The backend's coroutine is over, whoever ended it."""
+        device = running.device
+        if self._devices.get(device.devid) is running:
+            del self._devices[device.devid]
+        for channel in device.left_over():
+            device.release(channel)
+        if device.uring is not None:
+            device.uring.close()
+        close_all(running.fds)
+        if not running.task.cancelled():
+            self._send(m.Ended(device.devid, _reason(device, running.task.exception())))
+
+    async def _bind(self, devid: int, ports: Sequence[int]) -> list[tuple[int, int]]:
+        id = next(self._ids)
+        future = self._binds[id] = self._loop.create_future()
+        try:
+            self._send(m.Bind(id, devid, list(ports)))
+            fds = await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                close_all(future.result())  # they came while the backend was being cancelled
+            raise
+        finally:
+            self._binds.pop(id, None)
+        return list(zip(fds[::2], fds[1::2], strict=True))
+
+    def _bound(self, bound: m.Bound, fds: list[int]) -> None:
+        future = self._binds.get(bound.id)
+        if future is None or future.done():
+            close_all(fds)
+        elif bound.reason:
+            future.set_exception(GuestError(bound.reason))
+        else:
+            future.set_result(fds)
+
+
+def _reason(device: Device, error: BaseException | None) -> str:
+    """Logs how a backend ended; what the control plane shows of it."""
+    if error is None:
+        log.info("%s: closed", device.name)
+        return ""
+    text = str(error)
+    if isinstance(error, GuestError | VmmError | HostError):
+        log.error("%s: off", text if text.startswith(device.name) else f"{device.name}: {text}")
+        return text
+    log.error("%s: off: a defect of evtchnd", device.name, exc_info=error)
+    return f"defect: {error!r}"
+
+
+class _Domain:
+    """What a worker's devices share."""
+
+    def __init__(self, setup: m.Setup, store: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        self.setup = setup
+        self.domid = setup.domid
+        # a task, so that messages which follow this one find the memory at once
+        self.store = loop.create_task(Client.from_socket(store))
+        self.memory = GuestMemory()
+        self.grants = GrantTable(self.memory, setup.domid)
+        self.poller = Poller(loop, max_us=setup.poll.max_us)
+        self._warned = False
+
+    def uring(self, completions: int) -> Uring | None:
+        """A device's io_uring; None where the kernel refuses it and the config lets threads take its place."""
+        try:
+            return Uring(_URING_ENTRIES, eventfd=completions)
+        except HostError as exc:
+            if self.setup.vbd.engine == "io_uring":
+                raise
+            if not self._warned:
+                self._warned = True
+                log.warning("domain %d: disks are served by threads: %s", self.domid, exc)
+            return None
+
+    async def close(self) -> None:
+        await (await self.store).close()
+        self.grants.close()
+        self.memory.close()
+
+
+class _Running:
+    """A device whose backend runs."""
+
+    def __init__(self, device: Device, run: Coroutine[Any, Any, None], fds: list[int], drain_s: float) -> None:
+        self.device = device
+        self.fds = fds
+        self.task = device.loop.create_task(run, name=device.name)
+        self._drain_s = drain_s
+
+    async def end(self) -> None:
+        """Cancels the backend and waits for its teardown, `drain_s` at most."""
+        self.task.cancel()
+        done, _ = await asyncio.wait([self.task], timeout=self._drain_s)
+        if not done:
+            log.error("%s: requests are still in flight after %g s", self.device.name, self._drain_s)
+        # the task's callback, which closes what it held, has run once the loop has turned
+        await asyncio.sleep(0)

@@ -1,0 +1,176 @@
+"""What control plane and worker say to each other: msgpack, one tagged struct a SEQPACKET message.
+
+| to the worker | descriptors                    | answer                                  |
+|---------------|--------------------------------|-----------------------------------------|
+| Setup         | XenStore socket                | Done                                    |
+| Memory        | one for each `fds` index       | Done (errno, reason: nothing changed)   |
+| Attach        | disk, journal                  | Done, then UringFd when there is one    |
+| Detach        |                                | Done, when the backend has ended        |
+| Bound         | kick, notify of each port      |                                         |
+| Count         |                                | Counted                                 |
+
+| to the control plane | descriptors | answer                                                   |
+|----------------------|-------------|----------------------------------------------------------|
+| Bind                 |             | Bound                                                    |
+| Unbind               |             |                                                          |
+| Connected            |             |                                                          |
+| UringFd              | io_uring    |                                                          |
+| Ended                |             | (reason "" : closed in order; else off, for that reason) |
+
+`id` is the asker's; an answer repeats it. The end of file is the worker's order to end, and the control plane's sign
+that it has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from evtchnd.control.config import Poll, Vbd
+from evtchnd.errors import HostError
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """One of the messages below."""
+
+
+class Setup(Message):
+    """First message: whose worker this is, and what it may spend."""
+
+    id: int
+    domid: int
+    poll: Poll
+    vbd: Vbd
+    drain_s: float
+
+
+class Slot(msgspec.Struct, frozen=True, array_like=True):
+    """One slot of guest memory; `fd` counts the descriptors of its message."""
+
+    slot: int
+    fd: int
+    gfn: int
+    pages: int
+    offset: int
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True):
+    """One frame of the grant table."""
+
+    index: int
+    fd: int
+    offset: int
+
+
+class Memory(Message):
+    """A change of slots and grant frames: first what goes, then what comes, without a turn of the loop in between."""
+
+    id: int
+    slots_gone: list[int]
+    slots: list[Slot]
+    frames_gone: list[int]
+    frames: list[Frame]
+
+
+class Attach(Message):
+    """A device; `connected`: what an earlier worker reported for a ring that is live."""
+
+    id: int
+    kind: str
+    devid: int
+    readonly: bool
+    cdrom: bool
+    direct: bool
+    connected: dict[str, Any] | None
+
+
+class Detach(Message):
+    """The device's backend is cancelled and its descriptors are closed."""
+
+    id: int
+    devid: int
+
+
+class Bind(Message):
+    """A device asks for its guest's ports."""
+
+    id: int
+    devid: int
+    ports: list[int]
+
+
+class Bound(Message):
+    """The answer: two descriptors a port, or a reason."""
+
+    id: int
+    reason: str = ""
+
+
+class Unbind(Message):
+    """A device gives ports back."""
+
+    devid: int
+    ports: list[int]
+
+
+class Connected(Message):
+    """What a device's live ring is, for the next worker; None: there is none."""
+
+    devid: int
+    params: dict[str, Any] | None
+
+
+class UringFd(Message):
+    """A copy of a device's io_uring: what it has in flight outlives the worker."""
+
+    devid: int
+
+
+class Ended(Message):
+    """A device's backend has ended by itself."""
+
+    devid: int
+    reason: str
+
+
+class Count(Message):
+    """Asks for every device's counters."""
+
+    id: int
+
+
+class Counted(Message):
+    """Counters by device number; 0 holds the worker's own."""
+
+    id: int
+    counters: dict[int, dict[str, int]]
+
+
+class Done(Message):
+    """A request is carried out, or refused: errno is not 0 then."""
+
+    id: int
+    errno: int = 0
+    reason: str = ""
+
+
+AnyMessage = (
+    Setup | Memory | Attach | Detach | Bind | Bound | Unbind | Connected | UringFd | Ended | Count | Counted | Done
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def pack(message: AnyMessage) -> bytes:
+    """The message's bytes."""
+    return _encoder.encode(message)
+
+
+def unpack(data: bytes) -> AnyMessage:
+    """HostError for what is none of these messages: the other process is not of this version."""
+    try:
+        return _decoder.decode(data)
+    except msgspec.MsgspecError as exc:
+        raise HostError(f"a message between control plane and worker cannot be read: {exc}") from None
