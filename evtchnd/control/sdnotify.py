@@ -90,7 +90,7 @@ class Notifier:
             finally:
                 os.close(theirs)
             # end of file makes a pipe readable
-            loop.add_reader(ours, lambda: hung_up.done() or hung_up.set_result(None))
+            loop.add_reader(ours, _settle, hung_up)
             async with asyncio.timeout(deadline):
                 await hung_up
         except TimeoutError:
@@ -98,6 +98,11 @@ class Notifier:
         finally:
             loop.remove_reader(ours)
             os.close(ours)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _checked(name: str) -> str:

@@ -1,0 +1,182 @@
+"""What an operator may ask the daemon, over Varlink: the interface io.evtchnd (io.evtchnd.varlink beside this file).
+
+The structs here are the contract of the replies; a test holds them against the interface's text.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _installed
+from importlib.resources import files
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from evtchnd.control import diskspec, varlink
+from evtchnd.errors import EvtchndError, OperatorError
+
+if TYPE_CHECKING:
+    from evtchnd.control.config import Limits
+    from evtchnd.control.daemon import Daemon
+
+log = logging.getLogger(__name__)
+
+NAME = "io.evtchnd"
+DESCRIPTION = files(__package__).joinpath(f"{NAME}.varlink").read_text("utf-8")
+
+# a domain's number on the wire has 16 bits; which of them are domains the daemon knows
+Domid = Annotated[int, Meta(ge=0, le=0xFFFF)]
+T = TypeVar("T", bound=Struct)
+
+
+class Domain(Struct, frozen=True):
+    domid: int
+    name: str
+    uuid: str
+    state: str
+    memory: int
+    vcpus: int
+    devices: int
+
+
+class Device(Struct, frozen=True):
+    kind: str
+    devid: int
+    vdev: str
+    target: str
+    readonly: bool
+    state: int
+    counters: dict[str, int]
+
+
+class Worker(Struct, frozen=True):
+    pid: int
+    restarts: int
+
+
+class Disk(Struct, frozen=True):
+    domid: int
+    devid: int
+    vdev: str
+    target: str
+    readonly: bool
+    sectors: int
+    backend: str
+    frontend: str
+
+
+class ListReply(Struct, frozen=True):
+    domains: list[Domain]
+
+
+class InfoCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+
+
+class InfoReply(Struct, frozen=True):
+    domain: Domain
+    slots: int
+    grant_frames: int
+    ports: int
+    vmm_pid: int
+    worker: Worker
+    devices: list[Device]
+
+
+class BlockAttachCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    disk: str
+
+
+class BlockAttachReply(Struct, frozen=True):
+    disk: Disk
+
+
+class BlockDetachCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    device: str
+
+
+class BlockDetachReply(Struct, frozen=True):
+    devid: int
+    vdev: str
+    forced: bool
+
+
+class Operator:
+    """The operator's socket of a running Daemon."""
+
+    def __init__(self, daemon: Daemon, limits: Limits, sock: socket.socket) -> None:
+        """`sock`: a listening Unix stream socket; it stays the caller's."""
+        self._daemon = daemon
+        methods = {
+            "List": varlink.Method(varlink.NoParameters, self._list),
+            "Info": varlink.Method(InfoCall, self._info),
+            "BlockAttach": varlink.Method(BlockAttachCall, self._block_attach),
+            "BlockDetach": varlink.Method(BlockDetachCall, self._block_detach),
+        }
+        service = varlink.Service(
+            [varlink.Interface(DESCRIPTION, methods, _failed)],
+            vendor="evtchnd",
+            product="evtchnd",
+            version=version(),
+            url="",
+        )
+        self._server = varlink.Server(
+            service,
+            sock,
+            connections=limits.operator_connections,
+            message_bytes=limits.operator_message_bytes,
+            idle_s=limits.operator_idle_s,
+        )
+
+    def start(self) -> None:
+        """Answers from now on."""
+        self._server.start()
+
+    async def close(self) -> None:
+        """Ends every connection. Idempotent."""
+        await self._server.close()
+
+    async def _list(self, _: varlink.NoParameters) -> ListReply:
+        return _reply(ListReply, {"domains": await self._daemon.list()})
+
+    async def _info(self, call: InfoCall) -> InfoReply:
+        info = await self._daemon.info(call.domid)
+        # `devices` is the list here and its length in the domain
+        return _reply(InfoReply, {**info, "domain": {**info, "devices": len(info["devices"])}})
+
+    async def _block_attach(self, call: BlockAttachCall) -> BlockAttachReply:
+        spec = diskspec.parse(call.disk)
+        if not spec.target.is_absolute():
+            raise OperatorError(f"target '{spec.target}' must be an absolute path: the daemon has its own folder")
+        disk = await self._daemon.attach_block(call.domid, spec)
+        log.info("domain %d: vbd %d: attached by the operator: %s", call.domid, spec.devid, spec)
+        return _reply(BlockAttachReply, {"disk": disk})
+
+    async def _block_detach(self, call: BlockDetachCall) -> BlockDetachReply:
+        gone = _reply(BlockDetachReply, await self._daemon.detach_block(call.domid, call.device))
+        log.info("domain %d: vbd %d: detached by the operator", call.domid, gone.devid)
+        return gone
+
+
+def version() -> str:
+    """Of the installed distribution."""
+    try:
+        return _installed("evtchnd")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _reply(kind: type[T], data: dict[str, Any]) -> T:
+    return msgspec.convert(data, kind)
+
+
+def _failed(exc: Exception) -> varlink.VarlinkError:
+    if isinstance(exc, EvtchndError):
+        return varlink.VarlinkError(f"{NAME}.Refused", reason=str(exc))
+    log.error("operator's socket: a call failed", exc_info=exc)
+    return varlink.VarlinkError(f"{NAME}.Failed", reason=f"{type(exc).__name__}: {exc}")
