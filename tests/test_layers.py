@@ -17,7 +17,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "base": (("abi", "errors", "blkif"), ()),
     "core": (("_core", "memory", "grants", "ring", "stream", "journal"), ("base",)),
     "ports": (("ports",), ("base",)),
-    "wire": (("protocol", "transport"), ("base",)),
+    "wire": (("protocol", "messages", "tables", "transport"), ("base",)),
     "store": (("xenstore.wire", "xenstore.tree", "xenstore.store", "xenstore.quota", "xenstore.watches"), ("base",)),
     "xenstore": (("xenstore",), ("base", "core", "store")),
     "channel": (("channel",), ("base", "core")),
