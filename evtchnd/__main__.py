@@ -1,0 +1,160 @@
+"""`evtchnd`, the daemon: in the foreground, its log on standard error or in the journal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from evtchnd import _core, protocol
+from evtchnd.control import config as configuration
+from evtchnd.control import logs, sdnotify
+from evtchnd.control.config import Config, ConfigError
+from evtchnd.control.daemon import Daemon
+from evtchnd.control.listening import Listening
+from evtchnd.control.operator import NAME, Operator, version
+from evtchnd.control.zygote import Zygote
+from evtchnd.errors import EvtchndError
+
+log = logging.getLogger("evtchnd")
+
+# What is stored must be with the manager before anybody relies on it; it is one process of this host.
+_BARRIER_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 ended as told, 1 the host refuses something, 78 (EX_CONFIG) the configuration is wrong."""
+    args = _arguments(argv)
+    if args.print_capabilities:
+        json.dump(capabilities(), sys.stdout, indent=2)
+        print()
+        return 0
+    try:
+        config = _config(args)
+    except ConfigError as exc:
+        for line in exc.faults:
+            print(line, file=sys.stderr)
+        return os.EX_CONFIG
+    if args.check_config:
+        return 0
+    logs.setup(config.log_level, config.log_format)
+    notifier = sdnotify.Notifier.from_environment()
+    try:
+        passed = sdnotify.inherited()
+        period = sdnotify.watchdog_period()
+        # before any loop, thread or socket exists: every worker is a copy of what is here now
+        zygote = None if config.single_process else Zygote.fork()
+        uvloop.run(_serve(config, zygote, notifier, passed, period))
+    except EvtchndError as exc:
+        log.error("%s", exc)
+        return 1
+    return 0
+
+
+async def _serve(
+    config: Config,
+    zygote: Zygote | None,
+    notifier: sdnotify.Notifier,
+    passed: Mapping[str, Sequence[int]],
+    period: float | None,
+) -> None:
+    """The daemon's life, until a signal ends it."""
+    loop = asyncio.get_running_loop()
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    listening = Listening(config, passed)
+    daemon = Daemon(config, zygote=zygote, listening=listening.sockets)
+    operator = Operator(daemon, config.limits, listening.sockets["control"])
+    watchdog = asyncio.create_task(_watchdog(notifier, period))
+    try:
+        await daemon.start()
+        operator.start()
+        # Kept by the manager, they take connections while nobody is here; those of socket units it has already.
+        for name in listening.made:
+            notifier.store(name, listening.sockets[name].fileno())
+        await notifier.barrier(_BARRIER_S)
+        notifier.ready(f"serving in {config.runtime_dir}")
+        log.info("evtchnd %s serves in %s", version(), config.runtime_dir)
+        await told.wait()
+        notifier.stopping()
+        log.info("stopping")
+    finally:
+        await operator.close()
+        await daemon.stop()
+        watchdog.cancel()
+        with suppress(asyncio.CancelledError):
+            await watchdog
+        listening.close(keep=bool(notifier))
+
+
+async def _watchdog(notifier: sdnotify.Notifier, period: float | None) -> None:
+    """A task of the loop that serves: when that stands still, the manager hears nothing and starts us again."""
+    while period is not None:
+        try:
+            notifier.watchdog()
+        except EvtchndError as exc:
+            log.warning("%s", exc)
+        await asyncio.sleep(period)
+
+
+def capabilities() -> dict[str, Any]:
+    """What this program can do, for management programs (the form of vhost-user's --print-capabilities)."""
+    return {
+        "type": "xen-backends",
+        "version": version(),
+        "features": sorted(_core_features()),
+        "devices": ["vbd"],
+        "disk-formats": ["raw"],
+        "protocol": {
+            "version": protocol.VERSION,
+            "max-message": protocol.MAX_MESSAGE,
+            "max-fds": protocol.MAX_FDS,
+        },
+        "operator-interfaces": [NAME],
+    }
+
+
+def _core_features() -> list[str]:
+    return ["single-process", "socket-activation", "watchdog", *(["compiled"] if _core.COMPILED else [])]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evtchnd", description="Serves Xen guests on Linux KVM: event channels, XenStore, PV block."
+    )
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help=f"TOML file, and FILE.d/*.toml ({configuration.DEFAULT_PATH})")
+    add("--check-config", action="store_true", help="say what is wrong with it, one line each, and end")
+    add("--runtime-dir", metavar="DIR", help=f"where all sockets lie ({configuration.DEFAULT_RUNTIME_DIR})")
+    add("--single-process", action="store_true", help="no worker processes: for debugging")
+    add("--log-level", choices=("debug", "info", "warning", "error"))
+    add("--log-format", choices=("auto", "text", "json", "journal"))
+    add("--print-capabilities", action="store_true", help="as JSON, and end")
+    add("--version", action="version", version=version())
+    return parser.parse_args(argv)
+
+
+def _config(args: argparse.Namespace) -> Config:
+    config = configuration.load(args.config)
+    said = {
+        "runtime_dir": args.runtime_dir and str(Path(args.runtime_dir).absolute()),
+        "log_level": args.log_level,
+        "log_format": args.log_format,
+        "single_process": args.single_process,
+    }
+    return configuration.replace(config, **{key: value for key, value in said.items() if value})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
