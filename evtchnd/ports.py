@@ -347,8 +347,9 @@ class PortTable:
         status = self._ports.get(port, _CLOSED)
         self._serial += 1
         if status.state is Evtchnstat.INTERDOMAIN and status.dom == BACKEND_DOMID:
-            end = replace(self._end_of(port), kick_fd=kick_fd, notify_fd=notify_fd, serial=self._serial)
-            self._ends[end.home] = end
+            end = self._end_of(port)
+            del self._ends[end.home]  # another than `port` if the guest closed that one and bound to our end again
+            self._ends[port] = replace(end, home=port, kick_fd=kick_fd, notify_fd=notify_fd, serial=self._serial)
             self._table = None
             return
         if status.state is not Evtchnstat.UNBOUND or status.dom != BACKEND_DOMID:
@@ -369,9 +370,9 @@ class PortTable:
             self._put(end.port, Status(Evtchnstat.UNBOUND, self._ports[end.port].vcpu))
         self._table = None
 
-    def bound(self) -> tuple[int, ...]:
-        """Ports by which domain 0 knows its ends, the guest's end closed or not; ascending."""
-        return tuple(sorted(self._ends))
+    def bound(self) -> dict[int, bool]:
+        """Ports as which domain 0 has connected its ends; False: the guest has closed its end since."""
+        return {home: end.port != 0 for home, end in sorted(self._ends.items())}
 
     def table(self) -> tuple[Setting, ...]:
         """The whole table as the kernel should have it, by port. The same object while nothing changed."""
