@@ -1,0 +1,173 @@
+"""`evtchnctl`: what an operator asks a running evtchnd. Verbs and disk strings are xl's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evtchnd.cli.varlink import Client
+from evtchnd.control import diskspec
+from evtchnd.errors import OperatorError
+
+_RUNTIME_DIR = "/run/evtchnd"
+# io/xenbus.h
+_STATES = ("unknown", "initialising", "waits", "initialised", "connected", "closing", "closed", "reconfig", "reconfig")
+
+Asked = argparse.Namespace
+Reply = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 refused or nobody there (one line on standard error), 2 wrong usage."""
+    args = _arguments(argv)
+    try:
+        args.verb(args)
+    except OperatorError as exc:
+        print(f"evtchnctl: {exc}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # whoever read the output has seen enough; keeps Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _list(args: Asked) -> None:
+    with _client(args) as client:
+        reply = client.call("io.evtchnd.List")
+    if args.output == "json":
+        return _json(reply["domains"])
+    rows = [
+        [row["domid"], row["name"], f"{row['memory'] / 2**20:g}", row["vcpus"], row["devices"], row["state"]]
+        for row in reply["domains"]
+    ]
+    return _table(["ID", "Name", "Mem MiB", "VCPUs", "Devices", "State"], rows, right=(0, 2, 3, 4))
+
+
+def _info(args: Asked) -> None:
+    with _client(args) as client:
+        reply = client.call("io.evtchnd.Info", domid=_domid(client, args.domain))
+    if args.output == "json":
+        return _json(reply)
+    domain, worker = reply["domain"], reply["worker"]
+    lines = {
+        "domain": f"{domain['domid']} {domain['name']}".rstrip(),
+        "uuid": domain["uuid"],
+        "state": domain["state"],
+        "memory": f"{domain['memory'] / 2**20:g} MiB in {reply['slots']} slots, {reply['grant_frames']} grant frames",
+        "vcpus": domain["vcpus"],
+        "ports": reply["ports"],
+        "vmm": f"pid {reply['vmm_pid']}",
+        "worker": f"pid {worker['pid']}, {worker['restarts']} restarts",
+    }
+    for key, value in lines.items():
+        print(f"{key:8} {value}")
+    for device in reply["devices"]:
+        access = "ro" if device["readonly"] else "rw"
+        print(f"\n{device['kind']} {device['devid']} {device['vdev']} {_state(device)} {access} {device['target']}")
+        for name, count in device["counters"].items():
+            print(f"  {name:24} {count:>14}")
+    return None
+
+
+def _block_attach(args: Asked) -> None:
+    # seen from here: the daemon has a current folder of its own
+    spec = diskspec.parse(",".join(args.disk)).absolute(Path.cwd())
+    with _client(args) as client:
+        domid = _domid(client, args.domain)
+        if args.dry_run:
+            return _say(args, {"domid": domid, "devid": spec.devid, "disk": str(spec)}, f"would attach {spec}")
+        disk = client.call("io.evtchnd.BlockAttach", domid=domid, disk=str(spec))["disk"]
+    size = disk["sectors"] * 512 / 2**20
+    return _say(args, disk, f"domain {domid}: {disk['vdev']} ({disk['devid']}): {disk['target']}, {size:g} MiB")
+
+
+def _block_detach(args: Asked) -> None:
+    with _client(args) as client:
+        domid = _domid(client, args.domain)
+        if args.dry_run:
+            devid = diskspec.devid_of(args.device)
+            return _say(args, {"domid": domid, "devid": devid}, f"would detach {args.device} ({devid})")
+        gone = client.call("io.evtchnd.BlockDetach", domid=domid, device=args.device)
+    end = "detached; the guest did not let go in time" if gone["forced"] else "detached"
+    return _say(args, gone, f"domain {domid}: {gone['vdev']} ({gone['devid']}): {end}")
+
+
+def _arguments(argv: Sequence[str] | None) -> Asked:
+    common = argparse.ArgumentParser(add_help=False)
+    where = common.add_mutually_exclusive_group()
+    # SUPPRESS: said before the verb or behind it, the later parser must not put its default over it
+    where.add_argument("--runtime-dir", metavar="DIR", default=argparse.SUPPRESS, help=f"the daemon's ({_RUNTIME_DIR})")
+    where.add_argument("--socket", metavar="PATH", default=argparse.SUPPRESS, help="the daemon's control.sock itself")
+    common.add_argument("-o", "--output", choices=("text", "json"), default=argparse.SUPPRESS)
+    common.add_argument("--timeout", type=float, metavar="S", default=argparse.SUPPRESS, help="for each answer")
+    change = argparse.ArgumentParser(add_help=False)
+    change.add_argument("--dry-run", action="store_true", help="check, say what would be done, do nothing")
+
+    parser = argparse.ArgumentParser(prog="evtchnctl", description="Asks a running evtchnd.", parents=[common])
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[Asked], None], text: str, *, changes: bool = False) -> argparse.ArgumentParser:
+        parents = [common, change] if changes else [common]
+        added = verbs.add_parser(name, parents=parents, help=text, description=text)
+        added.set_defaults(verb=run)
+        return added
+
+    verb("list", _list, "every domain")
+    info = verb("info", _info, "one domain and its devices")
+    attach = verb("block-attach", _block_attach, "give a domain a disk", changes=True)
+    detach = verb("block-detach", _block_detach, "take a disk away from a domain", changes=True)
+    for added in (info, attach, detach):
+        added.add_argument("domain", metavar="DOM", help="its number or name")
+    attach.add_argument("disk", metavar="SPEC", nargs="+", help="vdev=xvda,target=disk.img or file:disk.img,xvda,w")
+    detach.add_argument("device", metavar="DEV", help="xvda or 51712")
+    return parser.parse_args(argv, Asked(output="text", runtime_dir=None, socket=None, timeout=None))
+
+
+def _client(args: Asked) -> Client:
+    folder = args.runtime_dir or os.environ.get("EVTCHND_RUNTIME_DIR") or _RUNTIME_DIR
+    return Client(args.socket or Path(folder) / "control.sock", timeout=args.timeout)
+
+
+def _domid(client: Client, domain: str) -> int:
+    """A number is a domid, anything else a name."""
+    if domain.isascii() and domain.isdecimal():
+        return int(domain)
+    found = [row["domid"] for row in client.call("io.evtchnd.List")["domains"] if row["name"] == domain]
+    if len(found) != 1:
+        raise OperatorError(f"{len(found) or 'no'} domain{'s' if found else ''} named '{domain}' (evtchnctl list)")
+    return int(found[0])
+
+
+def _say(args: Asked, reply: Mapping[str, Any], text: str) -> None:
+    _json(reply) if args.output == "json" else print(text)
+
+
+def _json(reply: Any) -> None:
+    json.dump(reply, sys.stdout, indent=2)
+    print()
+
+
+def _state(device: Mapping[str, Any]) -> str:
+    state = device["state"]
+    return _STATES[state] if 0 <= state < len(_STATES) else str(state)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int]) -> None:
+    """Columns as wide as their widest cell; `right`: those that are aligned there."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    for row in cells:
+        padded = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(padded).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
