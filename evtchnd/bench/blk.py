@@ -17,12 +17,13 @@ import signal
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from evtchnd.abi import GTF_PERMIT_ACCESS, PAGE_SIZE
+from evtchnd.bench.ends import Ends
 from evtchnd.bench.report import Report, median
 from evtchnd.bench.served import Served
 from evtchnd.errors import HostError
@@ -49,19 +50,6 @@ WORKLOADS = (
     Workload("rand4k_qd32", 32, 1),
     Workload("seq128k_qd8", 8, 32, sequential=True),
 )
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What `blkload front` needs to know of a connected ring: descriptors, byte offsets in the RAM's memfd, grants."""
-
-    ram: int
-    kick: int
-    notify: int
-    ring_offset: int
-    indirect_offset: int
-    gref: int
-    indirect_gref: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +103,7 @@ def load(program: Path, backend: Served | Limit, workload: Workload, ms: int, se
     """One reading: what the guest saw, and what the backend's process spent."""
     ends = backend.ends
     words = {
-        **{name: getattr(ends, name) for name in Ends.__dataclass_fields__},
+        **asdict(ends),
         "cpu": FRONT_CPU,
         "ms": ms,
         "depth": workload.depth,
@@ -125,14 +113,13 @@ def load(program: Path, backend: Served | Limit, workload: Workload, ms: int, se
         "seed": seed,
     }
     before = cpu_us(backend.pid)
-    with backend.taken_over():
-        done = subprocess.run(
-            [program, "front", *(f"{k}={v}" for k, v in words.items())],
-            pass_fds=(ends.ram, ends.kick, ends.notify),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    done = subprocess.run(
+        [program, "front", *(f"{k}={v}" for k, v in words.items())],
+        pass_fds=(ends.ram, ends.kick, ends.notify),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise HostError(f"{workload.name}: the load failed: {done.stderr.strip() or done.stdout.strip()}")
     reading: dict[str, Any] = json.loads(done.stdout)
@@ -177,10 +164,6 @@ class Limit:
         self.pid = self._process.pid
         if self._process.stdout is None or self._process.stdout.readline().strip() != "ready":
             raise HostError("the C backend did not start")
-
-    @contextlib.contextmanager
-    def taken_over(self) -> Iterator[None]:
-        yield
 
     def __enter__(self) -> Limit:
         return self

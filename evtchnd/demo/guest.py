@@ -211,12 +211,8 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, end)
     try:
-        vm = SoftVmm(arguments.socket, arguments.domid, memory=MEMORY, name="demo")
-        try:
-            vm.start()
+        with SoftVmm(arguments.socket, arguments.domid, memory=MEMORY, name="demo") as vm:
             serve(vm)
-        finally:
-            vm.close()
     except (EvtchndError, GuestFault, OSError) as exc:
         print(f"guest: {exc}", file=sys.stderr)
         return 1

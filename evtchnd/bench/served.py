@@ -1,0 +1,116 @@
+"""evtchnd's side of a benchmark: daemon, worker, and a soft guest whose connected ring is lent to a C program."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from evtchnd.abi import PAGE_SIZE
+from evtchnd.bench.ends import Ends
+from evtchnd.errors import HostError
+from evtchnd.guest.blkfront import Blkfront
+from evtchnd.guest.domain import Domain
+from evtchnd.guest.xenstore import XenStore
+from evtchnd.vmm.soft import SoftVmm
+
+DOMID = 1
+DEVID = 51712
+START_S = 20.0
+
+
+class Daemon:
+    """`python -m evtchnd` in `folder`; ended with the context."""
+
+    def __init__(self, folder: Path, config: str = "") -> None:
+        self.runtime = folder / "run"
+        self._log = folder / "evtchnd.log"
+        file = folder / "evtchnd.toml"
+        file.write_text(config)
+        command = [sys.executable, "-m", "evtchnd", "--config", str(file), "--runtime-dir", str(self.runtime)]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL)
+        begin = time.monotonic()
+        while not (self.runtime / "control.sock").exists():
+            if self._process.poll() is not None or time.monotonic() > begin + START_S:
+                self.stop()
+                raise HostError(f"the daemon did not start: {self._log.read_text().strip()}")
+            time.sleep(0.01)
+
+    @property
+    def pid(self) -> int:
+        """Of the control plane."""
+        return self._process.pid
+
+    def ctl(self, *arguments: str) -> Any:
+        """What `evtchnctl -o json` prints. HostError with its message."""
+        done = subprocess.run(
+            [sys.executable, "-m", "evtchnd.cli.evtchnctl", "--runtime-dir", self.runtime, *arguments, "-o", "json"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise HostError(f"evtchnctl {arguments[0]}: {done.stderr.strip()}")
+        return json.loads(done.stdout) if done.stdout.strip() else None
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class Served:
+    """A disk of a soft guest, connected: `ends` for the load, `pid` of the worker that serves it."""
+
+    def __init__(self, folder: Path, image: Path, *, poll_us: int, data_pages: int, tables: int = 32) -> None:
+        with contextlib.ExitStack() as stack:
+            self.daemon = Daemon(folder, f"[poll]\nmax_us = {poll_us}\n")
+            stack.callback(self.daemon.stop)
+            vm = stack.enter_context(SoftVmm(self.daemon.runtime / "vmm.sock", DOMID, name="bench"))
+            domain = Domain(vm)
+            stack.callback(domain.close)
+            store = XenStore(domain)
+            stack.callback(store.close)
+            self.daemon.ctl("block-attach", str(DOMID), f"format=raw,vdev=xvda,access=ro,target={image}")
+            disk = Blkfront(domain, store, DEVID, depth=1)
+            disk.connect()
+            stack.callback(disk.disconnect)
+            first = domain.alloc(tables + data_pages)
+            grefs = [domain.grant(first + index) for index in range(tables + data_pages)]
+            if grefs != list(range(grefs[0], grefs[0] + len(grefs))):
+                raise HostError("the guest's grant references are not in a row")
+            self.ends = Ends(
+                ram=vm.ram_fd,
+                kick=vm.kick_fd(disk.port),
+                notify=vm.irq_fd(disk.port),
+                ring_offset=disk.ring_gfn * PAGE_SIZE,
+                indirect_offset=first * PAGE_SIZE,
+                gref=grefs[tables],
+                indirect_gref=grefs[0],
+            )
+            self.pid: int = self.info()["worker"]["pid"]
+            self._stack = stack.pop_all()
+
+    def info(self) -> Any:
+        """`evtchnctl info` of the guest."""
+        return self.daemon.ctl("info", str(DOMID))
+
+    def pin(self, cpu: int) -> None:
+        """The worker's CPU; the control plane shares it, it has nothing to do."""
+        os.sched_setaffinity(self.pid, {cpu})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
