@@ -183,16 +183,18 @@ def load(path: Path | None) -> Config:
     merged: dict[str, Any] = {}
     for file in files:
         try:
-            _lay_over(merged, tomllib.loads(file.read_text("utf-8")), origins, str(file))
+            text = file.read_text("utf-8")
+            _lay_over(merged, tomllib.loads(text), origins, str(file))
         except OSError as exc:
             faults.append(f"{file}: {exc.strerror}")
         except UnicodeDecodeError as exc:
             faults.append(f"{file}: byte {exc.start} is no UTF-8")
         except tomllib.TOMLDecodeError as exc:
-            faults.append(_toml_fault(str(file), str(exc)))
+            faults.append(_toml_fault(str(file), str(exc), len(text.splitlines())))
     config, wrong = _convert(merged)
-    faults += [f"{origins.of(key)}:{key}: {reason}" for key, reason in wrong]
-    faults += [f"{origins.of(key)}:{key}: {reason}" for key, reason in _cross_checks(config)]
+    for key, reason in [*wrong, *_cross_checks(config)]:
+        # a quoted key may have any character; a fault is one line
+        faults.append("".join(c if c.isprintable() else "?" for c in f"{origins.name(key)}: {reason}"))
     if faults:
         raise ConfigError(faults)
     return config
@@ -204,19 +206,25 @@ def _dropins(path: Path) -> list[Path]:
 
 
 class _Origins:
-    """Which file said a key last."""
+    """Which file said a key last, and which entry of a list it is there."""
 
     def __init__(self) -> None:
         self._files: dict[str, str] = {}
+        self._entries: dict[str, str] = {}
 
-    def note(self, key: str, file: str) -> None:
+    def note(self, key: str, file: str, entry: str = "") -> None:
+        """`entry`: the name in its own file of an entry of a list that several files fill."""
         self._files[key] = file
+        if entry:
+            self._entries[key] = entry
 
-    def of(self, key: str) -> str:
-        while key and key not in self._files:
+    def name(self, key: str) -> str:
+        """FILE:KEY."""
+        found = key
+        while found and found not in self._files:
             # `domains[2].disks[0]` -> `domains[2].disks` -> `domains[2]`
-            key = re.sub(r"(\[[^\[\]]*\]|\.?[^.\[\]]+)$", "", key)
-        return self._files.get(key, "config")
+            found = re.sub(r"(\[[^\[\]]*\]|\.?[^.\[\]]+)$", "", found)
+        return f"{self._files.get(found, 'config')}:{self._entries.get(found, found)}{key[len(found) :]}"
 
 
 def _lay_over(base: dict[str, Any], over: Mapping[str, Any], origins: _Origins, file: str, prefix: str = "") -> None:
@@ -230,16 +238,16 @@ def _lay_over(base: dict[str, Any], over: Mapping[str, Any], origins: _Origins, 
             _lay_over(below, value, origins, file, f"{key}.")
         elif key == "domains" and isinstance(value, list):
             here = base[name] = [*below] if isinstance(below, list) else []
-            for entry in value:
-                origins.note(f"domains[{len(here)}]", file)
+            for number, entry in enumerate(value):
+                origins.note(f"domains[{len(here)}]", file, f"domains[{number}]")
                 here.append(entry)
         else:
             base[name] = value
 
 
-def _toml_fault(file: str, text: str) -> str:
-    found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", text)
-    return f"{file}:{found[2]}: {found[1]}" if found else f"{file}: {text}"
+def _toml_fault(file: str, text: str, lines: int) -> str:
+    found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", text)
+    return f"{file}:{found[2] or lines}: {found[1]}" if found else f"{file}: {text}"
 
 
 def _convert(tree: dict[str, Any]) -> tuple[Config, list[tuple[str, str]]]:
@@ -276,7 +284,7 @@ def _explain(text: str) -> tuple[str, str]:
     if unknown:
         return _join(key, unknown[1]), "no such key"
     if missing:
-        return key, f"key `{missing[1]}` is missing"
+        return key, f"key {missing[1]} is missing"
     return key, reason[:1].lower() + reason[1:].replace("`", "")
 
 
@@ -307,7 +315,7 @@ def _cross_checks(config: Config) -> Iterator[tuple[str, str]]:
     for index, domain in enumerate(config.domains):
         first = seen.setdefault(domain.domid, index)
         if first != index:
-            yield f"domains[{index}].domid", f"domain {domain.domid} is domains[{first}] already"
+            yield f"domains[{index}].domid", f"domain {domain.domid} has an entry already"
         devices: dict[int, int] = {}
         for number, text in enumerate(domain.disks):
             key = f"domains[{index}].disks[{number}]"

@@ -58,8 +58,9 @@ def parse(text: str) -> DiskSpec:
     flags: set[str] = set()
     positions = ["target", "format", "vdev", "access"]
     rest = text.strip()
-    if "\0" in rest:
-        raise OperatorError("a NUL in a disk string")
+    if not rest.isprintable():
+        # it goes into log lines, XenStore and JSON
+        raise OperatorError("a disk string has a control character, or a byte that is no UTF-8")
     while rest:
         if rest.startswith("target="):
             word, rest = rest, ""
