@@ -248,7 +248,7 @@ class Register(Message):
     def __post_init__(self) -> None:
         check(0 < self.domid < DOMID_FIRST_RESERVED, f"domain {self.domid}: not in 1..{DOMID_FIRST_RESERVED - 1}")
         what = f"domain {self.domid}"
-        check(not self.flags & ~RegisterFlag.LONG_MODE, f"{what}: unknown flags {self.flags:#x}")
+        check(not self.flags & ~int(RegisterFlag.LONG_MODE), f"{what}: unknown flags {self.flags:#x}")
         check(0 < self.vcpus <= MAX_VCPUS, f"{what}: {self.vcpus} vCPUs: not in 1..{MAX_VCPUS}")
         check(
             self.grant_version == 1,
@@ -350,7 +350,7 @@ class Disk(Message):
     layout: ClassVar[struct.Struct] = struct.Struct("<II16s")
 
     def __post_init__(self) -> None:
-        check(not self.flags & ~(DiskFlag.READONLY | DiskFlag.CDROM), f"disk {self.devid}: unknown flags")
+        check(not self.flags & ~int(DiskFlag.READONLY | DiskFlag.CDROM), f"disk {self.devid}: unknown flags")
         check(0 < len(self.vdev.encode()) <= 16, f"disk {self.devid}: vdev has 1 to 16 bytes")
         check(self.vdev.isascii() and self.vdev.isalnum(), f"disk {self.devid}: vdev {self.vdev!r} is no name")
 

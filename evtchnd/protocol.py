@@ -206,7 +206,8 @@ def unpack_header(data: bytes) -> Header:
     header = Header(kind, flags, id, nfds)
     if size != len(data):
         raise WireError(f"size {size} in the header of a message of {len(data)} bytes", errno.EBADMSG, header)
-    if flags & ~(Flag.REPLY | Flag.ERROR) or flags == Flag.ERROR:
+    # int: the complement of an IntFlag (3.11) holds known flags only
+    if flags & ~int(Flag.REPLY | Flag.ERROR) or flags == Flag.ERROR:
         raise WireError(f"flags {flags:#x} are unknown", errno.EBADMSG, header)
     if HEADER.pack(*values) != data[:HEADER_SIZE]:
         raise WireError("reserved words of the header must be 0", errno.EBADMSG, header)
@@ -302,7 +303,6 @@ __all__ = [
     "VERSION",
     "WireError",
     "XenStore",
-    "after",
     "after",
     "check_table",
     "pack",
