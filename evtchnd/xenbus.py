@@ -121,9 +121,11 @@ class Backend:
             self._lost = exc
             self._changed.set()
 
-    def resume(self) -> None:
+    async def resume(self) -> None:
         """An earlier worker had connected: no handshake, the frontend must not notice."""
         self.state = XenbusState.CONNECTED
+        if parse_state(await self._store.get(f"{self._backend}/state")) is XenbusState.INIT_WAIT:
+            await self.switch(XenbusState.CONNECTED)  # it had not come to that
 
     def fail(self, failure: Exception) -> None:
         """The ring cannot be served any more: the next step is FAIL."""
@@ -160,13 +162,7 @@ class Backend:
 
     async def announce(self, nodes: Mapping[str, str]) -> None:
         """Publishes the backend's `nodes` and InitWait, all at once."""
-
-        async def body(transaction: Transaction) -> None:
-            for name, value in nodes.items():
-                await transaction.write(f"{self._backend}/{name}", value)
-            await transaction.write(f"{self._backend}/state", str(int(XenbusState.INIT_WAIT)))
-
-        await self._store.transact(body)
+        await self._write({**nodes, "state": str(int(XenbusState.INIT_WAIT))})
         self.state = XenbusState.INIT_WAIT
 
     async def frontend_nodes(self, names: Iterable[str]) -> dict[str, str]:
@@ -180,5 +176,15 @@ class Backend:
 
     async def switch(self, state: XenbusState) -> None:
         """Writes the own state."""
-        await self._store.write(f"{self._backend}/state", str(int(state)))
+        await self._write({"state": str(int(state))})
         self.state = state
+
+    async def _write(self, nodes: Mapping[str, str]) -> None:
+        """Nothing is written where the toolstack has removed the device: that would bring its folder back."""
+
+        async def body(transaction: Transaction) -> None:
+            if await transaction.exists(self._backend):
+                for name, value in nodes.items():
+                    await transaction.write(f"{self._backend}/{name}", value)
+
+        await self._store.transact(body)

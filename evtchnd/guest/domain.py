@@ -62,7 +62,7 @@ class Domain:
         self.domid = vm.domid
         self._lock = threading.Lock()
         self._free_pages: list[tuple[int, int]] = [(FIRST_FREE_GFN, vm.ram_pages - FIRST_FREE_GFN)]
-        self._words = vm.grants.cast("B").cast("I")
+        self._words = vm.grants.cast("I")
         count = len(self._words) * 4 // GRANT_ENTRY_SIZE
         self._free_grefs = list(range(count - 1, GNTTAB_NR_RESERVED_ENTRIES - 1, -1))
 

@@ -1,0 +1,262 @@
+"""blkback: one vbd from its first node in XenStore to its end, over a raw file or block device.
+
+`run` is the life of a device; a `Vbd` is one connection of it. Requests go from the guest's ring to the disk and back
+without a wait in between: `Vbd.serve` is stepped straight from a kick, a poll that hit, or a completion; it takes what
+is there, starts it, answers what is finished, publishes once, notifies once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from evtchnd import xenbus
+from evtchnd.abi import XenbusState
+from evtchnd.channel import Channel
+from evtchnd.errors import GuestError
+from evtchnd.grants import Page
+from evtchnd.journal import Journal
+from evtchnd.ring import BlkRing, Req
+from evtchnd.worker.device import Device
+from evtchnd.xenbus import Step
+
+from . import blkif
+from .disk import RawDisk
+
+log = logging.getLogger(__name__)
+
+# What is at the disk when a ring is let go: as long as Linux' netback waits for its own, and libxl for a device.
+DRAIN_SECONDS = 10.0
+
+
+async def run(device: Device) -> None:
+    """Serves `device` until it is detached (returns) or cancelled.
+
+    A guest that breaks the rules loses its connection: one log line, state Closing; it may begin again. HostError,
+    ConnectionError: this host cannot serve it.
+    """
+    vbd: Vbd | None = None
+    totals: Counter[str] = Counter()
+
+    def wake() -> None:
+        if vbd is not None:
+            vbd.wake()
+
+    def stats() -> Mapping[str, int]:
+        now = Counter(totals)
+        if vbd is not None:
+            now.update(vbd.counters())
+        return now
+
+    async def connect(ring: blkif.Ring, *, again: bool) -> None:
+        nonlocal vbd
+        new = Vbd(device, disk, ring)
+        await new.open(bus.fail, again=again)
+        vbd = new
+        log.info("%s: %s: %s", device.name, "attached again" if again else "connected", ring)
+
+    async def let_go() -> None:
+        nonlocal vbd
+        if vbd is not None:
+            await vbd.close()
+            totals.update(vbd.counters())
+            vbd = None
+            device.connected_as(None)
+
+    disk = RawDisk(device.disk_fd, readonly=device.readonly, uring=device.uring, wake=wake, direct=device.direct)
+    device.stats = stats
+    bus = xenbus.Backend(device.store, device.name, device.backend_path, device.frontend_path)
+    async with bus:
+        try:
+            if device.connected is not None:
+                await bus.resume()
+                try:
+                    await connect(blkif.Ring.from_params(device.connected), again=True)
+                except GuestError as error:
+                    bus.fail(error)
+            async for step in bus:
+                match step:
+                    case Step.ANNOUNCE:
+                        await let_go()
+                        await bus.announce(features(device, disk))
+                    case Step.CONNECT:
+                        try:
+                            nodes = await bus.frontend_nodes(blkif.FRONTEND_NODES)
+                            ring = blkif.frontend_ring(nodes, max_order=device.options.max_ring_page_order)
+                            await connect(ring, again=False)
+                            await bus.switch(XenbusState.CONNECTED)
+                        except GuestError as error:
+                            bus.fail(error)
+                    case Step.CLOSE:
+                        await bus.switch(XenbusState.CLOSING)
+                    case Step.FAIL:
+                        log.error("%s: stopped: %s", device.name, bus.failure)
+                        await let_go()
+                        await bus.switch(XenbusState.CLOSING)
+                    case Step.SHUT:
+                        await let_go()
+                        await bus.switch(XenbusState.CLOSED)
+        finally:
+            if vbd is not None:
+                await vbd.close()
+            await disk.close()
+
+
+def features(device: Device, disk: RawDisk) -> dict[str, str]:
+    """The backend's nodes for this disk."""
+    return blkif.features(
+        sectors=disk.sectors,
+        sector_size=disk.sector_size,
+        physical_sector_size=disk.physical_sector_size,
+        readonly=device.readonly,
+        cdrom=device.cdrom,
+        max_ring_page_order=device.options.max_ring_page_order,
+        max_indirect_segments=device.options.max_indirect_segments,
+    )
+
+
+class Vbd:
+    """One connection: the ring's pages, its journal, the guest's port, and the pump."""
+
+    def __init__(self, device: Device, disk: RawDisk, where: blkif.Ring) -> None:
+        self._device = device
+        self._disk = disk
+        self._where = where
+        self._pages: list[Page] = []
+        self._journal: Journal | None = None
+        self._ring: BlkRing | None = None
+        self._channel: Channel | None = None
+        self._pump: asyncio.Future[None] | None = None
+        self._broken = False
+        self._refused = 0
+        self._idle = asyncio.Event()
+
+    async def open(self, failed: Callable[[Exception], None], *, again: bool) -> None:
+        """Maps the ring, binds the port, serves. `again`: the ring lives, an earlier worker served it.
+
+        GuestError (a gref, a port), HostError (the journal): whatever was taken is given back. An error later on
+        goes to `failed`.
+        """
+        device, where = self._device, self._where
+        try:
+            for gref in where.grefs:
+                self._pages.append(device.grants.map(gref, write=True))
+            self._journal = Journal(device.journal_fd)
+            if not again:
+                self._journal.reset()
+            self._ring = ring = BlkRing(
+                device.grants,
+                self._pages,
+                abi=where.layout.abi,
+                journal=self._journal,
+                sectors=self._disk.sectors,
+                readonly=device.readonly,
+                max_indirect=device.options.max_indirect_segments,
+            )
+            (self._channel,) = (channel,) = await device.bind([where.port])
+            # before the first request is taken: from here on this ring survives the worker
+            device.connected_as(where.params())
+            replay = ring.attach() if again else []
+            channel.watch(ring.pending, ring.arm)
+            self._pump = channel.drive(self._serve(ring, channel, replay))
+        except BaseException:
+            await self.close()
+            raise
+        self._pump.add_done_callback(lambda pump: self._ended(pump, failed))
+
+    def _ended(self, pump: asyncio.Future[None], failed: Callable[[Exception], None]) -> None:
+        error = None if pump.cancelled() else pump.exception()
+        if isinstance(error, Exception):
+            self._broken = True
+            failed(error)
+
+    async def _serve(self, ring: BlkRing, channel: Channel, replay: list[Req]) -> None:
+        """The pump: no wait but the one for work."""
+        disk = self._disk
+        # RWF_NOWAIT on an O_DIRECT descriptor "succeeds" and blocks (ext4): then everything goes to the disk's engine
+        inline = not self._device.direct
+        fd = self._device.disk_fd
+        for req in replay:
+            self._begin(ring, req)
+        while True:
+            for req, status in disk.finished():
+                ring.done(req, status)
+            for req in ring.run(fd, ring.size) if inline else ring.take(ring.size):
+                self._begin(ring, req)
+            for req, status in disk.finished():  # those that were done at once
+                ring.done(req, status)
+            if ring.push():
+                channel.notify()
+            await channel.kicked()
+
+    def _begin(self, ring: BlkRing, req: Req) -> None:
+        if req.status == blkif.Status.OKAY:
+            self._disk.start(req)
+            return
+        self._refused += 1
+        if self._refused & (self._refused - 1) == 0:  # a guest that sends nothing else must not fill the log
+            log.warning("%s: request %d refused: %s (%d so far)", self._device.name, req.id, req.reason, self._refused)
+        ring.done(req, req.status)
+
+    def wake(self) -> None:
+        """The disk has finished something."""
+        self._idle.set()
+        if self._channel is not None and not self._channel.closed:
+            self._channel.step()
+
+    def counters(self) -> dict[str, int]:
+        """Plain integers by name."""
+        ring, channel = self._ring, self._channel
+        counted = {"refused": self._refused}
+        if ring is not None:
+            counted |= {"requests": ring.requests, "responses": ring.responses, "bytes": ring.bytes}
+        if channel is not None:
+            counted |= {
+                "kicks": channel.kicks,
+                "wakeups": channel.wakeups,
+                "notifications": channel.notifications,
+            }
+        return counted
+
+    async def close(self) -> None:
+        """Takes nothing more, waits for what is at the disk, answers it, gives port and pages back."""
+        if self._pump is not None:
+            self._pump.cancel()
+        ring, channel = self._ring, self._channel
+        if ring is not None:
+            drained = await self._drain(ring)
+            if not self._broken and ring.push() and channel is not None:
+                channel.notify()
+        if channel is not None:
+            await self._device.unbind([channel])
+        if ring is not None and not drained:
+            return  # the kernel still moves data: its pages stay pinned
+        if ring is not None:
+            ring.close()
+        if self._journal is not None:
+            self._journal.close()
+        for page in self._pages:
+            page.close()
+
+    async def _drain(self, ring: BlkRing) -> bool:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + DRAIN_SECONDS
+        while True:
+            self._idle.clear()
+            for req, status in self._disk.finished():
+                ring.done(req, status)
+            if not self._disk.inflight:
+                return True
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._idle.wait()
+            except TimeoutError:
+                log.error(
+                    "%s: %d requests are still at the disk after %g s: their pages stay the disk's",
+                    self._device.name,
+                    self._disk.inflight,
+                    DRAIN_SECONDS,
+                )
+                return False
