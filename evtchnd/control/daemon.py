@@ -6,14 +6,37 @@ meant for the operator) for what cannot be done, and may be called at any time b
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import logging
+import os
 import socket
+from builtins import list as List
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import Any
 
-if TYPE_CHECKING:
-    from evtchnd.control.config import Config
-    from evtchnd.control.diskspec import DiskSpec
-    from evtchnd.control.zygote import Zygote
+import msgspec
+
+from evtchnd import protocol as p
+from evtchnd import transport
+from evtchnd.control import descriptors, disk, diskspec, toolstack
+from evtchnd.control.config import Config
+from evtchnd.control.disk import Disk
+from evtchnd.control.diskspec import DiskSpec
+from evtchnd.control.domain import DESCRIPTORS, Domain
+from evtchnd.control.inprocess import InProcess
+from evtchnd.control.vmm_connection import VmmConnection
+from evtchnd.control.zygote import Workers, Zygote
+from evtchnd.errors import HostError, OperatorError, VmmError
+from evtchnd.xenstore.client import Client
+from evtchnd.xenstore.quota import Quotas
+from evtchnd.xenstore.server import Server
+
+log = logging.getLogger(__name__)
+
+# VMMs that connect in one turn of the loop.
+_MOST_ACCEPTS = 16
 
 
 class Daemon:
@@ -22,7 +45,8 @@ class Daemon:
     config         checked configuration; `config.runtime_dir` holds vmm.sock and xenstored.sock
     zygote         made by `Zygote.fork()` before any event loop or thread exists; None: single process (workers are
                    tasks of this loop)
-    listening      sockets by name that systemd made ("vmm", "xenstored"); those that are missing are made here
+    listening      listening sockets by name ("vmm", "xenstored") that stay the caller's; those that are missing are
+                   made here
     """
 
     def __init__(
@@ -32,36 +56,265 @@ class Daemon:
         zygote: Zygote | None,
         listening: Mapping[str, socket.socket] | None = None,
     ) -> None:
-        raise NotImplementedError
+        self._config = config
+        self._workers: Workers = zygote if zygote is not None else InProcess()
+        self._listening = dict(listening or {})
+        self._server = Server(quotas=Quotas(**msgspec.structs.asdict(config.xenstore)))
+        self._domains: dict[int, tuple[Domain, VmmConnection]] = {}
+        self._connections: set[VmmConnection] = set()
+        self._vmm: socket.socket | None = None
+        self._made = False
+        self._store: Client | None = None
+
+    # ---- life
 
     async def start(self) -> None:
         """Listens on vmm.sock and xenstored.sock. HostError if a socket cannot be made."""
-        raise NotImplementedError
+        descriptors.raise_limit()
+        self._workers.start()
+        ours, theirs = socket.socketpair()
+        self._server.attach_socket(theirs, domid=0)
+        self._store = await Client.from_socket(ours)
+        if (given := self._listening.get("xenstored")) is not None:
+            await self._server.adopt(given.dup())
+        else:
+            await self._server.listen(str(self._config.xenstore_socket))
+        if (given := self._listening.get("vmm")) is not None:
+            self._vmm = given.dup()
+            self._vmm.setblocking(False)
+        else:
+            self._vmm = transport.listen(self._config.vmm_socket)
+            self._made = True
+        asyncio.get_running_loop().add_reader(self._vmm.fileno(), self._accept)
 
     async def stop(self) -> None:
         """Ends every worker and connection, closes everything. Idempotent."""
-        raise NotImplementedError
+        vmm, self._vmm = self._vmm, None
+        if vmm is not None:
+            asyncio.get_running_loop().remove_reader(vmm.fileno())
+            vmm.close()
+            if self._made:
+                self._config.vmm_socket.unlink(missing_ok=True)
+        connections = List(self._connections)
+        for connection in connections:
+            connection.close("evtchnd stops")
+        await asyncio.gather(*(connection.closed() for connection in connections))
+        store, self._store = self._store, None
+        if store is not None:
+            await store.close()
+        await self._server.close()
+        await self._workers.close()
+
+    # ---- what operators ask
 
     async def attach_block(self, domid: int, spec: DiskSpec) -> dict[str, Any]:
         """Opens the image, gives it to the domain's worker, writes the device's nodes. Does not wait for the guest.
 
         Returns {"domid", "devid", "vdev", "target", "readonly", "sectors", "backend", "frontend"}.
         """
-        raise NotImplementedError
+        domain = self._domain(domid)
+        try:
+            domain.check_room(spec.devid, spec.vdev)
+            opened = await self._open(domain, spec)
+            await domain.attach(opened)
+        except (HostError, VmmError) as exc:
+            raise OperatorError(str(exc)) from None
+        log.info("%s: %s: attached %s%s", opened.name, opened.vdev, opened.target, " (ro)" if opened.readonly else "")
+        return {
+            "domid": domid,
+            "devid": opened.devid,
+            "vdev": opened.vdev,
+            "target": opened.target,
+            "readonly": opened.readonly,
+            "sectors": opened.sectors,
+            "backend": toolstack.backend(opened),
+            "frontend": toolstack.frontend(opened),
+        }
 
-    async def detach_block(self, domid: int, device: str | int) -> dict[str, Any]:
-        """Asks the guest to let the device ("xvda" or a device number) go, waits for it (10 s), removes it.
+    async def detach_block(self, domid: int, device: str | int, *, force: bool = False) -> dict[str, Any]:
+        """Asks the guest to let the device ("xvda" or a device number) go, waits (limits.detach_s), removes it.
 
-        Returns {"domid", "devid", "vdev", "forced"}; forced: the guest did not answer in time.
+        Returns {"domid", "devid", "vdev", "forced"}. A guest that does not answer in time: OperatorError, and the
+        device goes once the guest lets it go; with `force` it is taken away.
         """
-        raise NotImplementedError
+        domain = self._domain(domid)
+        found = self._disk(domain, device)
+        try:
+            forced = await domain.detach(found, force=force)
+        except (HostError, VmmError) as exc:
+            raise OperatorError(str(exc)) from None
+        log.info("%s: %s: detached%s", found.name, found.vdev, " by force" if forced else "")
+        return {"domid": domid, "devid": found.devid, "vdev": found.vdev, "forced": forced}
 
-    async def list(self) -> list[dict[str, Any]]:
+    async def list(self) -> List[dict[str, Any]]:
         """One object a domain: {"domid", "name", "uuid", "state", "memory" (bytes), "vcpus", "devices" (count)}."""
-        raise NotImplementedError
+        return [_summary(domain) for _, (domain, _) in sorted(self._domains.items())]
 
     async def info(self, domid: int) -> dict[str, Any]:
-        """As in list(), and "slots", "grant_frames", "ports", "vmm_pid", "worker" {"pid", "restarts", ...} and
-        "devices": [{"kind", "devid", "vdev", "target", "state" (xenbus), "counters" {name: int}}].
+        """As in list(), and "slots", "grant_frames", "ports", "vmm_pid", "worker" {"pid", "restarts"} and
+        "devices": [{"kind", "devid", "vdev", "target", "readonly", "state" (xenbus), "counters" {name: int}}].
         """
-        raise NotImplementedError
+        domain = self._domain(domid)
+        counters = await domain.supervisor.counters()
+        return {
+            **_summary(domain),
+            "slots": len(domain.slots),
+            "grant_frames": len(domain.frames),
+            "ports": len(domain.ports),
+            "vmm_pid": self._domains[domid][1].peer.pid if domid in self._domains else 0,
+            "worker": {"pid": domain.supervisor.pid or 0, "restarts": domain.supervisor.restarts},
+            "devices": [
+                {
+                    "kind": each.kind,
+                    "devid": each.devid,
+                    "vdev": each.vdev,
+                    "target": each.target,
+                    "readonly": each.readonly,
+                    "state": toolstack.state(self._server, toolstack.backend(each)),
+                    "counters": counters.get(each.devid, {}),
+                }
+                for each in domain.disks.values()
+            ],
+        }
+
+    def _domain(self, domid: int) -> Domain:
+        if domid not in self._domains:
+            raise OperatorError(f"domain {domid} is not there")
+        return self._domains[domid][0]
+
+    def _disk(self, domain: Domain, device: str | int) -> Disk:
+        for each in domain.disks.values():
+            if device in (each.vdev, each.devid, str(each.devid)):
+                return each
+        with suppress(OperatorError):  # another name of the same number
+            if isinstance(device, str) and (devid := diskspec.devid_of(device)) in domain.disks:
+                return domain.disks[devid]
+        raise OperatorError(f"{domain.label}: no disk {device}")
+
+    async def _open(self, domain: Domain, spec: DiskSpec) -> Disk:
+        readonly = spec.readonly or spec.cdrom
+        # in a thread: a share that hangs must not stop what else is served
+        fd = await asyncio.to_thread(disk.open_image, spec.target, readonly=readonly)
+        try:
+            # the domain may have changed meanwhile
+            if self._domains.get(domain.domid, (None,))[0] is not domain:
+                raise OperatorError(f"{domain.label} has ended")
+            domain.check_room(spec.devid, spec.vdev)
+        except BaseException:
+            os.close(fd)
+            raise
+        return Disk(
+            domain.domid,
+            spec.devid,
+            spec.vdev,
+            fd,
+            target=str(spec.target),
+            readonly=readonly,
+            cdrom=spec.cdrom,
+            vbd=self._config.vbd,
+        )
+
+    # ---- what VMMs ask (vmm_connection.Host)
+
+    def _accept(self) -> None:
+        vmm = self._vmm
+        for _ in range(_MOST_ACCEPTS):
+            if vmm is None:
+                return
+            try:
+                sock, _ = vmm.accept()
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                log.error("a VMM cannot connect: %s", exc.strerror)
+                return
+            pending = sum(connection.domain is None for connection in self._connections)
+            if pending >= self._config.limits.pending_connections:
+                log.warning("vmm %s: refused: %d connections have not registered yet", transport.peer(sock), pending)
+                sock.close()
+                continue
+            self._connections.add(VmmConnection(sock, self, self._config.limits))
+
+    def register(self, register: p.Register, connection: VmmConnection) -> Domain:
+        """A new domain. VmmError: its number is taken, there are too many; HostError: no descriptors left."""
+        domid = register.domid
+        if domid in self._domains:
+            other = self._domains[domid][1]
+            raise VmmError(f"domain {domid}: registered already, by {other.peer}", errno.EEXIST)
+        if len(self._domains) >= self._config.limits.domains:
+            raise VmmError(f"domain {domid}: {len(self._domains)} are the limit (limits.domains)", errno.ENOSPC)
+        if self._store is None:
+            raise HostError(f"domain {domid}: evtchnd stops")
+        specs = [spec for entry in self._config.domains if entry.domid == domid for spec in entry.disk_specs]
+        descriptors.require(DESCRIPTORS, f"domain {domid}")
+        domain = Domain(
+            register,
+            connection,
+            server=self._server,
+            store=self._store,
+            workers=self._workers,
+            config=self._config,
+            attach=lambda: self._attach_configured(domain, specs),
+        )
+        self._domains[domid] = (domain, connection)
+        return domain
+
+    async def _attach_configured(self, domain: Domain, specs: List[DiskSpec]) -> None:
+        """The config's disks, before the domain is served. One that cannot be had is missing, with a line."""
+        for spec in specs:
+            try:
+                domain.check_room(spec.devid, spec.vdev)
+                await domain.attach(await self._open(domain, spec))
+            except (HostError, OperatorError) as exc:
+                log.error("%s: %s: not attached: %s", domain.label, spec.vdev, exc)
+
+    async def release(self, domain: Domain, reason: str) -> None:
+        """Ends a domain and everything of it."""
+        await domain.end()
+        if self._domains.get(domain.domid, (None,))[0] is domain:
+            del self._domains[domain.domid]
+            log.info("%s: %s", domain.label, reason)
+
+    async def attach_passed(self, domain: Domain, message: p.Disk, fd: int) -> None:
+        """A disk that a VMM passes as a descriptor. Takes `fd`."""
+        readonly = bool(message.flags & (p.DiskFlag.READONLY | p.DiskFlag.CDROM))
+        try:
+            domain.check_room(message.devid, message.vdev)
+            disk.check_passed(fd, readonly=readonly)
+        except BaseException:
+            os.close(fd)
+            raise
+        await domain.attach(
+            Disk(
+                domain.domid,
+                message.devid,
+                message.vdev,
+                fd,
+                target=f"descriptor of {self._domains[domain.domid][1].peer}",
+                readonly=readonly,
+                cdrom=bool(message.flags & p.DiskFlag.CDROM),
+                vbd=self._config.vbd,
+            )
+        )
+
+    async def detach_passed(self, domain: Domain, devid: int) -> None:
+        """DISK_REMOVE: as an operator's detach."""
+        if devid not in domain.disks:
+            raise VmmError(f"{domain.label}: no disk {devid}", errno.ENOENT)
+        await domain.detach(domain.disks[devid], force=False)
+
+    def gone(self, connection: VmmConnection) -> None:
+        """A connection has ended, and its domain."""
+        self._connections.discard(connection)
+
+
+def _summary(domain: Domain) -> dict[str, Any]:
+    return {
+        "domid": domain.domid,
+        "name": domain.name,
+        "uuid": domain.uuid,
+        "state": domain.state,
+        "memory": domain.memory_bytes,
+        "vcpus": domain.vcpus,
+        "devices": len(domain.disks),
+    }

@@ -29,6 +29,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from evtchnd import transport
+from evtchnd._core.uring import descriptor_of
 from evtchnd.control.descriptors import raise_limit
 from evtchnd.errors import HostError
 from evtchnd.worker.link import Link
@@ -59,11 +60,14 @@ class Process(Protocol):
     def kill(self) -> None:
         """Ends it at once; nothing if it has ended. Idempotent; `close()` lets go of it."""
 
+    def copy(self, number: int) -> int:
+        """A copy of its descriptor `number`. HostError where the kernel refuses."""
+
     def close(self) -> None: ...
 
 
 class Workers(Protocol):
-    """Where workers come from: a zygote, or this process (evtchnd.control.supervisor.InProcess)."""
+    """Where workers come from: a zygote, or this process (evtchnd.control.inprocess)."""
 
     def start(self) -> None: ...
     async def worker(self, sock: socket.socket, ended: Ended) -> Process: ...
@@ -82,6 +86,10 @@ class Forked:
         if self._pidfd >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def copy(self, number: int) -> int:
+        """By pidfd_getfd."""
+        return descriptor_of(self._pidfd, number)
 
     def close(self) -> None:
         """Closes the pidfd. Idempotent."""
@@ -201,7 +209,7 @@ async def _wait(pid: int) -> None:
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)
-    os.waitpid(pid, 0)
+    os.waitpid(pid, 0)  # noqa: ASYNC222 -- it has ended
 
 
 # ---- the zygote's process, and its children --------------------------------------------------------------------

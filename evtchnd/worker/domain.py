@@ -22,7 +22,7 @@ from evtchnd.grants import GrantTable
 from evtchnd.memory import GuestMemory
 from evtchnd.transport import close_all
 from evtchnd.worker import messages as m
-from evtchnd.worker.device import Device, Params
+from evtchnd.worker.device import Device
 from evtchnd.worker.link import Link
 from evtchnd.xenstore.client import Client
 
@@ -44,7 +44,10 @@ class Worker:
         self._backends = backends
         self._ids = itertools.count(1)
         self._binds: dict[int, asyncio.Future[list[int]]] = {}
+        self._keeps: dict[int, asyncio.Future[str]] = {}
         self._devices: dict[int, _Running] = {}
+        self._warned = False
+        self._domain: _Domain | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -52,12 +55,13 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._over = self._loop.create_future()
         self._link = Link(self._sock, self._received, self._closed, most=_MOST_WAITING)
-        self._domain: _Domain | None = None
         try:
             await self._over
         finally:
-            for future in self._binds.values():
-                future.cancel()
+            for bind in self._binds.values():
+                bind.cancel()
+            for keep in self._keeps.values():
+                keep.cancel()
             await asyncio.gather(*(running.end() for running in list(self._devices.values())))
             for task in list(self._tasks):
                 task.cancel()
@@ -79,6 +83,9 @@ class Worker:
         match message:
             case m.Bound():
                 self._bound(message, fds)
+            case m.Done():
+                if (kept := self._keeps.get(message.id)) is not None and not kept.done():
+                    kept.set_result(message.reason)
             case m.Memory():
                 # Handled here and now, in the order of the messages: a device that comes next sees this memory.
                 self._answer(message.id, lambda: self._memory(message, fds), fds)
@@ -115,7 +122,7 @@ class Worker:
             except (EvtchndError, OSError) as exc:
                 self._send(m.Done(id, getattr(exc, "errno", None) or errno.EINVAL, str(exc)))
             except Exception as exc:
-                log.exception("worker: %s", work.__qualname__)
+                log.exception("worker: a defect of evtchnd")
                 self._send(m.Done(id, errno.EIO, f"defect: {exc!r}"))
             else:
                 self._send(m.Done(id))
@@ -168,7 +175,7 @@ class Worker:
         uring = None
         try:
             if domain.setup.vbd.engine != "threads":
-                uring = domain.uring(completions)
+                uring = await self._uring(domain, attach.devid, completions)
             device = Device(
                 domid=domain.domid,
                 devid=attach.devid,
@@ -196,11 +203,37 @@ class Worker:
                 uring.close()
             close_all(fds)
             raise
-        if uring is not None:
-            self._send(m.UringFd(attach.devid), [uring.fd])
         running = _Running(device, backend(device), fds, domain.setup.drain_s)
         self._devices[attach.devid] = running
         running.task.add_done_callback(lambda _: self._ended(running))
+
+    async def _uring(self, domain: _Domain, devid: int, completions: int) -> Uring | None:
+        """A device's io_uring, of which the control plane has a copy before the first request goes into it.
+
+        None where the kernel refuses it and the config lets threads take its place.
+        """
+        uring = None
+        try:
+            uring = Uring(_URING_ENTRIES, eventfd=completions)
+            id = next(self._ids)
+            kept = self._keeps[id] = self._loop.create_future()
+            try:
+                self._send(m.Keep(id, devid, uring.fd))
+                reason = await kept
+            finally:
+                del self._keeps[id]
+            if reason:
+                raise HostError(reason)
+        except BaseException as exc:
+            if uring is not None:
+                uring.close()
+            if not isinstance(exc, HostError) or domain.setup.vbd.engine == "io_uring":
+                raise
+            if not self._warned:
+                self._warned = True
+                log.warning("domain %d: disks are served by threads: %s", domain.domid, exc)
+            return None
+        return uring
 
     async def _detach(self, detach: m.Detach) -> None:
         running = self._devices.get(detach.devid)
@@ -268,22 +301,10 @@ class _Domain:
         self.memory = GuestMemory()
         self.grants = GrantTable(self.memory, setup.domid)
         self.poller = Poller(loop, max_us=setup.poll.max_us)
-        self._warned = False
-
-    def uring(self, completions: int) -> Uring | None:
-        """A device's io_uring; None where the kernel refuses it and the config lets threads take its place."""
-        try:
-            return Uring(_URING_ENTRIES, eventfd=completions)
-        except HostError as exc:
-            if self.setup.vbd.engine == "io_uring":
-                raise
-            if not self._warned:
-                self._warned = True
-                log.warning("domain %d: disks are served by threads: %s", self.domid, exc)
-            return None
 
     async def close(self) -> None:
         await (await self.store).close()
+        self.poller.close()
         self.grants.close()
         self.memory.close()
 

@@ -22,7 +22,7 @@ _MOST_AT_ONCE = 16
 class Link:
     """`sock` belongs to the link from here on.
 
-    received(data, fds)   one message; the descriptors belong to the callee. An EvtchndError that it raises ends the link
+    received(data, fds)   one message; the descriptors belong to the callee. EvtchndError ends the link
     closed(reason)        called once, however the link ends but by close(): "" for an orderly end of file
     most                  messages that may wait for a peer that does not read; one more ends the link
     """

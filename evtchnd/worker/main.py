@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 
 import uvloop
-from evtchnd_backends import blkback  # the one line that binds backends to the daemon
 
 from evtchnd.worker.domain import Backend, Worker
+from evtchnd_backends import blkback  # the one line that binds backends to the daemon
 
 BACKENDS: dict[str, Backend] = {"vbd": blkback.run}
 

@@ -4,7 +4,7 @@
 |---------------|--------------------------------|-----------------------------------------|
 | Setup         | XenStore socket                | Done                                    |
 | Memory        | one for each `fds` index       | Done (errno, reason: nothing changed)   |
-| Attach        | disk, journal                  | Done, then UringFd when there is one    |
+| Attach        | disk, journal                  | Done, after a Keep where it has io_uring |
 | Detach        |                                | Done, when the backend has ended        |
 | Bound         | kick, notify of each port      |                                         |
 | Count         |                                | Counted                                 |
@@ -14,7 +14,7 @@
 | Bind                 |             | Bound                                                    |
 | Unbind               |             |                                                          |
 | Connected            |             |                                                          |
-| UringFd              | io_uring    |                                                          |
+| Keep                 |             | Done, when the control plane has its copy                |
 | Ended                |             | (reason "" : closed in order; else off, for that reason) |
 
 `id` is the asker's; an answer repeats it. The end of file is the worker's order to end, and the control plane's sign
@@ -31,7 +31,7 @@ from evtchnd.control.config import Poll, Vbd
 from evtchnd.errors import HostError
 
 
-class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Message(msgspec.Struct, tag=True, array_like=True):
     """One of the messages below."""
 
 
@@ -45,7 +45,7 @@ class Setup(Message):
     drain_s: float
 
 
-class Slot(msgspec.Struct, frozen=True, array_like=True):
+class Slot(msgspec.Struct, array_like=True):
     """One slot of guest memory; `fd` counts the descriptors of its message."""
 
     slot: int
@@ -55,7 +55,7 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
     offset: int
 
 
-class Frame(msgspec.Struct, frozen=True, array_like=True):
+class Frame(msgspec.Struct, array_like=True):
     """One frame of the grant table."""
 
     index: int
@@ -121,10 +121,13 @@ class Connected(Message):
     params: dict[str, Any] | None
 
 
-class UringFd(Message):
-    """A copy of a device's io_uring: what it has in flight outlives the worker."""
+class Keep(Message):
+    """Descriptor `number` of the worker is a device's io_uring, not used yet: what it will have in flight outlives the
+    worker. The control plane takes a copy (SCM_RIGHTS refuses to carry io_urings)."""
 
+    id: int
     devid: int
+    number: int
 
 
 class Ended(Message):
@@ -156,7 +159,7 @@ class Done(Message):
 
 
 AnyMessage = (
-    Setup | Memory | Attach | Detach | Bind | Bound | Unbind | Connected | UringFd | Ended | Count | Counted | Done
+    Setup | Memory | Attach | Detach | Bind | Bound | Unbind | Connected | Keep | Ended | Count | Counted | Done
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -171,6 +174,7 @@ def pack(message: AnyMessage) -> bytes:
 def unpack(data: bytes) -> AnyMessage:
     """HostError for what is none of these messages: the other process is not of this version."""
     try:
-        return _decoder.decode(data)
+        message: AnyMessage = _decoder.decode(data)
     except msgspec.MsgspecError as exc:
         raise HostError(f"a message between control plane and worker cannot be read: {exc}") from None
+    return message

@@ -1,0 +1,425 @@
+"""A domain as the control plane holds it: memory, grant frames, ports, disks, its XenStore ring, its worker.
+
+The tables here are the truth; the worker has a copy of them and gets them again when it is replaced. Of the guest's
+memory only one page is mapped here, the XenStore ring, from a memfd that was checked for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import mmap
+import os
+import socket
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from evtchnd import memory, transport
+from evtchnd import protocol as p
+from evtchnd.abi import PAGE_SIZE
+from evtchnd.control import descriptors, toolstack
+from evtchnd.control.config import Config
+from evtchnd.control.descriptors import Held
+from evtchnd.control.disk import Disk
+from evtchnd.control.supervisor import Supervisor
+from evtchnd.control.zygote import Workers
+from evtchnd.errors import EvtchndError, OperatorError, VmmError
+from evtchnd.worker import messages as m
+from evtchnd.xenstore.client import Client
+from evtchnd.xenstore.server import RingConnection, Server
+
+log = logging.getLogger(__name__)
+
+# A domain before its memory and its disks: sockets, pidfd, store page and port, and some air.
+DESCRIPTORS = 24
+# Of one disk here: image, journal, io_uring, two a port.
+DISK_DESCRIPTORS = 8
+# Descriptors in one message to the worker; the kernel's limit is 253.
+_FDS = 200
+_ONE = (1).to_bytes(8, "little")
+# Who holds the XenStore ring's port; device numbers are positive.
+_STORE = -1
+
+
+class Vmm(Protocol):
+    """The domain's VMM, as far as the domain needs it."""
+
+    async def bind_ports(self, ports: Mapping[int, int]) -> dict[int, int]:
+        """Port to kick eventfd -> port to notify eventfd, the caller's. VmmError, HostError; all or none."""
+
+    def unbind_ports(self, ports: Sequence[int]) -> None:
+        """Does not wait."""
+
+
+class Port:
+    """The domain-0 end of a guest's port: its two eventfds, and whose it is."""
+
+    def __init__(self, owner: int, kick: int, notify: int) -> None:
+        self.owner = owner
+        self.kick = kick
+        self.notify = notify
+
+    def close(self) -> None:
+        """Closes both."""
+        transport.close_all({self.kick, self.notify})
+
+
+class Domain:
+    """Made by REGISTER, served from START to `end()`."""
+
+    def __init__(
+        self,
+        register: p.Register,
+        vmm: Vmm,
+        *,
+        server: Server,
+        store: Client,
+        workers: Workers,
+        config: Config,
+        attach: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`attach`: attaches what the config names, before the guest runs."""
+        self.domid = register.domid
+        self.name = register.name or f"domain-{register.domid}"
+        self.uuid = str(uuid.UUID(bytes=register.uuid))
+        self.vcpus = register.vcpus
+        self.running = False
+        self.resumed = isinstance(register, p.Resume)
+        self.slots: dict[int, tuple[p.MemoryEntry, Held]] = {}
+        self.frames: dict[int, tuple[p.GrantEntry, Held]] = {}
+        self.ports: dict[int, Port] = {}
+        self.disks: dict[int, Disk] = {}
+        self.store_port = 0
+        self.supervisor = Supervisor(self, workers, config)
+        self._config = config
+        self._vmm = vmm
+        self._server = server
+        self._store = store
+        self._attach_first = attach
+        self._binding: set[int] = set()
+        self._page: mmap.mmap | None = None
+        self._ring: RingConnection | None = None
+        self._ended = False
+        self._changing = asyncio.Lock()
+
+    @property
+    def label(self) -> str:
+        """As every line about it begins."""
+        return f"domain {self.domid}"
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(entry.pages for entry, _ in self.slots.values()) * PAGE_SIZE
+
+    @property
+    def state(self) -> str:
+        return "ended" if self._ended else "running" if self.running else "registered"
+
+    # ---- memory and grant frames
+
+    def set_slots(self, entries: Iterable[p.MemoryEntry], fds: Sequence[int]) -> None:
+        """The whole table, before START. Takes the descriptors. VmmError: nothing has changed."""
+        held = self._check_all(entries := list(entries), fds)
+        old, self.slots = self.slots, {entry.slot: (entry, held[entry.fd_index].take()) for entry in entries}
+        _drop([*held, *(each for _, each in old.values())])
+
+    def set_frames(self, entries: Iterable[p.GrantEntry], fds: Sequence[int]) -> None:
+        """As set_slots."""
+        held = self._check_all(entries := list(entries), fds)
+        old, self.frames = self.frames, {entry.index: (entry, held[entry.fd_index].take()) for entry in entries}
+        _drop([*held, *(each for _, each in old.values())])
+
+    def set_ports(self, entries: Iterable[p.PortEntry], fds: Sequence[int]) -> None:
+        """Ports that are bound already (RESUME). Takes the descriptors."""
+        for port in self.ports.values():
+            port.close()
+        # Nobody's yet: the device that asks for the port gets it.
+        self.ports = {entry.port: Port(0, fds[entry.kick_fd_index], fds[entry.notify_fd_index]) for entry in entries}
+
+    def _check_all(self, entries: Sequence[p.MemoryEntry | p.GrantEntry], fds: Sequence[int]) -> list[Held]:
+        try:
+            descriptors.require(0, self.label)
+            for entry in entries:
+                self._check(entry, fds[entry.fd_index])
+        except EvtchndError:
+            transport.close_all(fds)
+            raise
+        return [Held(fd) for fd in fds]
+
+    def _check(self, entry: p.MemoryEntry | p.GrantEntry, fd: int) -> None:
+        if isinstance(entry, p.MemoryEntry):
+            what, pages, most = f"memory slot {entry.slot}", entry.pages, self._config.limits.memory_slots
+            number = entry.slot
+        else:
+            what, pages, most = f"grant frame {entry.index}", 1, self._config.limits.grant_frames
+            number = entry.index
+        if number >= most:
+            raise VmmError(f"{self.label}: {what}: the limit is {most}", errno.ERANGE)
+        memory.check_memfd(fd, entry.offset, pages * PAGE_SIZE, f"{self.label}: {what}")
+
+    async def add_slot(self, entry: p.MemoryEntry, fd: int) -> None:
+        """Takes `fd`. VmmError: the slot is there, or overlaps another."""
+        held = self._check_all([entry], [fd])[0]
+        async with self._changing:
+            try:
+                p.check_table([*(each for each, _ in self.slots.values()), entry])
+            except VmmError:
+                held.drop()
+                raise
+            self.slots[entry.slot] = (entry, held)
+            slot = m.Slot(entry.slot, 0, entry.gfn, entry.pages, entry.offset)
+            try:
+                await self.supervisor.change(lambda id: m.Memory(id, [], [slot], [], []), [held.fd])
+            except VmmError:
+                del self.slots[entry.slot]
+                held.drop()
+                raise
+
+    async def remove_slot(self, slot: int) -> None:
+        async with self._changing:
+            if slot not in self.slots:
+                raise VmmError(f"{self.label}: memory slot {slot} is not there", errno.ENOENT)
+            _, held = self.slots.pop(slot)
+            held.drop()
+            await self.supervisor.change(lambda id: m.Memory(id, [slot], [], [], []))
+
+    async def add_frame(self, entry: p.GrantEntry, fd: int) -> None:
+        """Takes `fd`. VmmError: the frame is there."""
+        held = self._check_all([entry], [fd])[0]
+        async with self._changing:
+            if entry.index in self.frames:
+                held.drop()
+                raise VmmError(f"{self.label}: grant frame {entry.index} is there already", errno.EEXIST)
+            self.frames[entry.index] = (entry, held)
+            frame = m.Frame(entry.index, 0, entry.offset)
+            try:
+                await self.supervisor.change(lambda id: m.Memory(id, [], [], [], [frame]), [held.fd])
+            except VmmError:
+                del self.frames[entry.index]
+                held.drop()
+                raise
+
+    async def remove_frame(self, index: int) -> None:
+        async with self._changing:
+            if index not in self.frames:
+                raise VmmError(f"{self.label}: grant frame {index} is not there", errno.ENOENT)
+            _, held = self.frames.pop(index)
+            held.drop()
+            await self.supervisor.change(lambda id: m.Memory(id, [], [], [index], []))
+
+    def memory_messages(self, id: Callable[[], int]) -> Iterable[tuple[m.Memory, list[int]]]:
+        """All slots and grant frames, in messages of at most so many descriptors."""
+        slots: list[m.Slot] = []
+        frames: list[m.Frame] = []
+        fds: dict[int, int] = {}  # descriptor -> index in the message
+        for entry, held in [*self.slots.values(), *self.frames.values()]:
+            if held.fd not in fds and len(fds) == _FDS:
+                yield m.Memory(id(), [], slots, [], frames), list(fds)
+                slots, frames, fds = [], [], {}
+            index = fds.setdefault(held.fd, len(fds))
+            if isinstance(entry, p.MemoryEntry):
+                slots.append(m.Slot(entry.slot, index, entry.gfn, entry.pages, entry.offset))
+            elif isinstance(entry, p.GrantEntry):
+                frames.append(m.Frame(entry.index, index, entry.offset))
+        yield m.Memory(id(), [], slots, [], frames), list(fds)
+
+    # ---- XenStore
+
+    def set_store_page(self, port: int, fd: int, offset: int) -> None:
+        """Maps the guest's XenStore page. Takes `fd`. VmmError: it is no page of a sealed memfd."""
+        try:
+            memory.check_memfd(fd, offset, PAGE_SIZE, f"{self.label}: xenstore page")
+            page = memory.map_page(fd, offset)
+        finally:
+            os.close(fd)
+        if self._page is not None:
+            self._page.close()
+        self._page, self.store_port = page, port
+
+    def store_socket(self) -> socket.socket:
+        """A worker's XenStore connection: domain 0, confined to this guest's nodes."""
+        ours, theirs = socket.socketpair()
+        self._server.attach_socket(ours, domid=0, confine=self.domid)
+        return theirs
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Serves the domain. VmmError, HostError: it is not served; `end()` is the caller's."""
+        if not self.slots:
+            raise VmmError(f"{self.label}: START without memory")
+        await self._attach_first()
+        await self.supervisor.start()
+        toolstack.add_domain(self._server, self)
+        if self._page is not None:
+            await self.bind(_STORE, [self.store_port])
+            port = self.ports[self.store_port]
+            self._server.introduce(self.domid)
+            self._ring = self._server.attach_ring(self.domid, self._page, port.kick, port.notify)
+        else:
+            self._server.introduce(self.domid)
+        self.running = True
+        for disk in list(self.disks.values()):
+            toolstack.add_disk(self._server, disk)
+            await self.supervisor.attach(disk)
+        log.info(
+            "%s: %s: served: %d MiB, %d vCPUs, worker %s",
+            self.label,
+            self.name,
+            self.memory_bytes >> 20,
+            self.vcpus,
+            self.supervisor.pid,
+        )
+
+    async def end(self) -> None:
+        """Ends worker, ring and nodes, and closes every descriptor. Idempotent."""
+        if self._ended:
+            return
+        self._ended = True
+        self.running = False
+        await self.supervisor.end()
+        if self._ring is not None:
+            self._ring.close()
+        self._server.release(self.domid)
+        toolstack.remove_domain(self._server, self.domid, self.uuid)
+        if self._page is not None:
+            self._page.close()
+        for port in self.ports.values():
+            port.close()
+        for disk in self.disks.values():
+            disk.close()
+        _drop([*(held for _, held in self.slots.values()), *(held for _, held in self.frames.values())])
+        self.ports, self.disks, self.slots, self.frames = {}, {}, {}, {}
+
+    # ---- ports
+
+    async def bind(self, devid: int, ports: Sequence[int]) -> list[int]:
+        """Eventfds (kick, notify, kick, notify, ...) of a device's ports, bound if they are not yet; all or none.
+
+        They stay the domain's. VmmError: the VMM refuses, or a port is another device's.
+        """
+        what = f"{self.label}: " + ("xenstore" if devid == _STORE else f"device {devid}")
+        if self._ended:
+            raise VmmError(f"{what}: the domain has ended")
+        for port in ports:
+            owner = self.ports[port].owner if port in self.ports else 0
+            if port in self._binding or owner not in (0, devid):
+                raise VmmError(f"{what}: port {port} is bound for another device", errno.EBUSY)
+        new = [port for port in dict.fromkeys(ports) if port not in self.ports]
+        if len(self.ports) + len(new) > self._config.limits.ports:
+            raise VmmError(f"{what}: more than {self._config.limits.ports} ports (limits.ports)", errno.ENOSPC)
+        if new:
+            await self._bind_new(devid, new, what)
+        for port in ports:
+            self.ports[port].owner = devid
+        return [fd for port in ports for fd in (self.ports[port].kick, self.ports[port].notify)]
+
+    async def _bind_new(self, devid: int, new: Sequence[int], what: str) -> None:
+        descriptors.require(2 * len(new), what)
+        self._binding.update(new)
+        kicks: dict[int, int] = {}
+        try:
+            for port in new:
+                kicks[port] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            notifies = await self._vmm.bind_ports(kicks)
+        except BaseException as exc:
+            transport.close_all(kicks.values())
+            if isinstance(exc, EvtchndError):
+                raise VmmError(f"{what}: {exc}") from None
+            raise
+        finally:
+            self._binding.difference_update(new)
+        if self._ended:
+            transport.close_all([*kicks.values(), *notifies.values()])
+            raise VmmError(f"{what}: the domain has ended")
+        for port in new:
+            self.ports[port] = Port(devid, kicks[port], notifies[port])
+
+    def unbind(self, devid: int, ports: Sequence[int]) -> None:
+        """Gives a device's ports back to the guest. Those that are not its own (any more) are left alone."""
+        mine = [port for port in ports if port in self.ports and self.ports[port].owner == devid]
+        for port in mine:
+            self.ports.pop(port).close()
+        if mine and not self._ended:
+            self._vmm.unbind_ports(mine)
+
+    def port_closed(self, port: int) -> None:
+        """The guest has closed `port` (or all): whatever it binds under that number next is another channel."""
+        gone = [port] if port != p.ALL_PORTS else list(self.ports)
+        for each in gone:
+            known = self.ports.pop(each, None)
+            if known is None:
+                continue
+            if known.owner == _STORE and self._ring is not None:
+                log.info("%s: the guest has closed its XenStore port", self.label)
+                self._ring.close()
+                self._ring = None
+            known.close()
+
+    def kick(self, devid: int) -> None:
+        for port in self.ports.values():
+            if port.owner == devid:
+                with suppress(BlockingIOError):
+                    os.write(port.kick, _ONE)
+
+    # ---- disks
+
+    def check_room(self, devid: int, vdev: str) -> None:
+        """OperatorError if there is no place for that disk."""
+        if devid in self.disks:
+            raise OperatorError(f"{self.label}: {vdev} is there already: {self.disks[devid].target}")
+        if len(self.disks) >= self._config.limits.disks:
+            raise OperatorError(f"{self.label}: {len(self.disks)} disks are the limit (limits.disks)")
+        descriptors.require(DISK_DESCRIPTORS, f"{self.label}: {vdev}")
+
+    async def attach(self, disk: Disk) -> None:
+        """Takes the disk; its device appears now, or at START. OperatorError where the worker cannot serve it."""
+        self.disks[disk.devid] = disk
+        if self.running:
+            toolstack.add_disk(self._server, disk)
+            await self.supervisor.attach(disk)
+            if disk.reason:
+                self.remove(disk)
+                raise OperatorError(f"{disk.name}: {disk.reason}")
+
+    async def detach(self, disk: Disk, *, force: bool) -> bool:
+        """Takes the disk from the guest and closes it. True: by force. OperatorError: the guest holds on to it."""
+        forced = False
+        if self.running:
+            disk.leaving = True
+            limit = self._config.limits.detach_s
+            if not await toolstack.ask_to_leave(self._server, self._store, disk, limit):
+                if self.disks.get(disk.devid) is disk and not force:
+                    raise OperatorError(
+                        f"{disk.name}: the guest did not let it go in {limit:g} s: it is removed when the guest does"
+                    )
+                forced = True
+        await self._take_away(disk)
+        return forced
+
+    def disk_ended(self, disk: Disk) -> None:
+        """The backend has ended by itself: after a detach that took its time, the rest of it happens now."""
+        if disk.leaving and not disk.reason and self.disks.get(disk.devid) is disk:
+            self.remove(disk)
+            log.info("%s: removed", disk.name)
+
+    async def _take_away(self, disk: Disk) -> None:
+        if self.disks.get(disk.devid) is disk:
+            await self.supervisor.detach(disk)
+        if self.disks.get(disk.devid) is disk:
+            self.remove(disk)
+
+    def remove(self, disk: Disk) -> None:
+        """Nodes, ports, descriptors."""
+        del self.disks[disk.devid]
+        self.unbind(disk.devid, [port for port, each in self.ports.items() if each.owner == disk.devid])
+        toolstack.remove_disk(self._server, disk)
+        disk.close()
+
+
+def _drop(held: Iterable[Held]) -> None:
+    for each in held:
+        each.drop()
