@@ -4,7 +4,8 @@
 struct blkif_request_segment { u32 gref; u8 first_sect, last_sect; };            // 8 bytes with padding
 struct blkif_request   { u8 operation; u8 nr_segments; u16 handle; u64 id; u64 sector_number; segment seg[11]; };
 struct .._discard      { u8 operation; u8 flag; u16 handle; u64 id; u64 sector_number; u64 nr_sectors; };
-struct .._indirect     { u8 operation; u8 indirect_op; u16 nr_segments; u64 id; u64 sector_number; u16 handle; u32 gref[8]; };
+struct .._indirect     { u8 operation; u8 indirect_op; u16 nr_segments; u64 id; u64 sector_number; u16 handle;
+                         u32 gref[8]; };
 struct blkif_response  { u64 id; u8 operation; s16 status; };
 ```
 The two layouts differ by alignment: an x86_64 compiler puts a u64 on 8 bytes, an i386 one on 4.

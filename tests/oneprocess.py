@@ -1,7 +1,7 @@
 """A guest and its backend in one process, of real parts: memfd, eventfds, a XenStore server, image files.
 
-`LocalVm` is the guest's machine (what `evtchnd.guest` asks of one), `Host` the host's side of it. The guest's ends block:
-run them in a thread (`await host.guest(function)`).
+`LocalVm` is the guest's machine (what `evtchnd.guest` asks of one), `Host` the host's side of it. The guest's ends
+block: run them in a thread (`await host.guest(function)`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-from evtchnd_backends import blkback
-
 from evtchnd import journal
 from evtchnd.abi import GRANTS_PER_FRAME, PAGE_SIZE
 from evtchnd.channel import Poller
@@ -29,6 +27,7 @@ from evtchnd.memory import GuestMemory, map_page
 from evtchnd.worker.device import Device, Params, VbdOptions
 from evtchnd.xenstore.client import Client
 from evtchnd.xenstore.server import Server
+from evtchnd_backends import blkback
 
 T = TypeVar("T")
 

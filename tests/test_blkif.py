@@ -7,12 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from evtchnd_backends import blkif as keys
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evtchnd.blkif import LAYOUTS, SEGMENT, X86_32, X86_64, Layout, Op
 from evtchnd.errors import GuestError
+from evtchnd_backends import blkif as keys
 
 PROGRAM = r"""
 #include <stdint.h>
@@ -39,7 +39,9 @@ int main(void)
     memset(&r, 0, sizeof r); memset(&d, 0, sizeof d); memset(&i, 0, sizeof i); memset(&a, 0, sizeof a);
     r.operation = BLKIF_OP_WRITE; r.nr_segments = 11; r.handle = 0x0304; r.id = 0x1112131415161718;
     r.sector_number = 0x2122232425262728;
-    for (int s = 0; s < 11; s++) { r.seg[s].gref = 0x31000000 + s; r.seg[s].first_sect = s % 4; r.seg[s].last_sect = 7 - s % 4; }
+    for (int s = 0; s < 11; s++) {
+        r.seg[s].gref = 0x31000000 + s; r.seg[s].first_sect = s % 4; r.seg[s].last_sect = 7 - s % 4;
+    }
     d.operation = BLKIF_OP_DISCARD; d.flag = 1; d.handle = 0x0304; d.id = 0x1112131415161718;
     d.sector_number = 0x2122232425262728; d.nr_sectors = 0x4142434445464748;
     i.operation = BLKIF_OP_INDIRECT; i.indirect_op = BLKIF_OP_READ; i.nr_segments = 0x0506; i.handle = 0x0304;

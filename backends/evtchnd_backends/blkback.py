@@ -12,13 +12,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from evtchnd.ring import BlkRing, Req
+
 from evtchnd import xenbus
 from evtchnd.abi import XenbusState
 from evtchnd.channel import Channel
 from evtchnd.errors import GuestError
 from evtchnd.grants import Page
 from evtchnd.journal import Journal
-from evtchnd.ring import BlkRing, Req
 from evtchnd.worker.device import Device
 from evtchnd.xenbus import Step
 

@@ -15,8 +15,8 @@ from evtchnd.errors import GuestError
 
 __all__ = ["FRONTEND_NODES", "Op", "Ring", "Status", "features", "frontend_ring"]
 
-# No `protocol` node: the header says "native", but Linux' and QEMU's backends on x86 take it for the 32-bit layout, also
-# for 64-bit guests; every frontend that is in use was tested against one of them.
+# No `protocol` node: the header says "native", but Linux' and QEMU's backends on x86 take it for the 32-bit layout,
+# also for 64-bit guests; every frontend that is in use was tested against one of them.
 DEFAULT_PROTOCOL = blkif.X86_32.name
 
 _U32 = 1 << 32
@@ -121,7 +121,7 @@ def _pages(nodes: Mapping[str, str], max_order: int) -> int:
 
 
 def _number(nodes: Mapping[str, str], name: str) -> int:
-    """A decimal u32: what "%u" prints, nothing that only int() would take (signs, blanks, underscores, Arabic digits)."""
+    """A decimal u32: what "%u" prints, and nothing else that int() would take (signs, blanks, underscores)."""
     text = nodes.get(name)
     if text is None:
         raise GuestError(f"{name}: missing")

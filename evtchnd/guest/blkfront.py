@@ -265,7 +265,7 @@ class Blkfront:
         return self.segments * SECTORS_PER_PAGE
 
     def submit_read(self, sector: int, count: int, *, first: int = 0) -> int:
-        """Puts a READ of `count` sectors into the ring (published by `push`). `first`: where in its first page it begins."""
+        """Puts a READ of `count` sectors into the ring; `push` publishes it. `first`: sector of its first page."""
         return self._submit(Op.READ, sector, count, first)
 
     def submit_write(self, sector: int, data: bytes | memoryview, *, first: int = 0) -> int:

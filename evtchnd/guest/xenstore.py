@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from evtchnd.abi import XENSTORE_RING_SIZE
@@ -143,12 +144,10 @@ class XenStore:
             self._waiting.add(ident)
         deadline = time.monotonic() + self._timeout
         with self._writing:  # one whole message after the other
-            rest = memoryview(wire.pack(op, ident, tx, payload))
+            rest = wire.pack(op, ident, tx, payload)
             while rest:
-                # another thread may sleep on the port meanwhile: what wakes it is room for us as well
-                written = self._await(
-                    lambda data=rest: self._stream.write(bytes(data)) or None, deadline - time.monotonic()
-                )
+                # another thread may sleep on the port meanwhile: what wakes it may be room for us
+                written = self._await(partial(self._put, rest), deadline - time.monotonic())
                 if written is None:
                     raise GuestFault(f"{what}: no room in XenStore's ring for {self._timeout} s")
                 rest = rest[written:]
@@ -162,6 +161,9 @@ class XenStore:
         if kind != op:
             raise GuestFault(f"{what}: answered by {kind}")
         return body
+
+    def _put(self, data: bytes) -> int | None:
+        return self._stream.write(data) or None
 
     def _await(self, ready: Callable[[], T | None], timeout: float) -> T | None:
         """The first result of `ready()` that is not None, None after `timeout` seconds."""
