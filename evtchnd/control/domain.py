@@ -13,9 +13,7 @@ import mmap
 import os
 import socket
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from evtchnd import memory, transport
 from evtchnd import protocol as p
@@ -24,6 +22,7 @@ from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
 from evtchnd.control.descriptors import Held
 from evtchnd.control.disk import Disk
+from evtchnd.control.ports import STORE, Ports, Vmm
 from evtchnd.control.supervisor import Supervisor
 from evtchnd.control.zygote import Workers
 from evtchnd.errors import EvtchndError, OperatorError, VmmError
@@ -39,32 +38,6 @@ DESCRIPTORS = 24
 DISK_DESCRIPTORS = 8
 # Descriptors in one message to the worker; the kernel's limit is 253.
 _FDS = 200
-_ONE = (1).to_bytes(8, "little")
-# Who holds the XenStore ring's port; device numbers are positive.
-_STORE = -1
-
-
-class Vmm(Protocol):
-    """The domain's VMM, as far as the domain needs it."""
-
-    async def bind_ports(self, ports: Mapping[int, int]) -> dict[int, int]:
-        """Port to kick eventfd -> port to notify eventfd, the caller's. VmmError, HostError; all or none."""
-
-    def unbind_ports(self, ports: Sequence[int]) -> None:
-        """Does not wait."""
-
-
-class Port:
-    """The domain-0 end of a guest's port: its two eventfds, and whose it is."""
-
-    def __init__(self, owner: int, kick: int, notify: int) -> None:
-        self.owner = owner
-        self.kick = kick
-        self.notify = notify
-
-    def close(self) -> None:
-        """Closes both."""
-        transport.close_all({self.kick, self.notify})
 
 
 class Domain:
@@ -90,16 +63,14 @@ class Domain:
         self.resumed = isinstance(register, p.Resume)
         self.slots: dict[int, tuple[p.MemoryEntry, Held]] = {}
         self.frames: dict[int, tuple[p.GrantEntry, Held]] = {}
-        self.ports: dict[int, Port] = {}
+        self.ports = Ports(self.label, vmm, config.limits.ports)
         self.disks: dict[int, Disk] = {}
         self.store_port = 0
         self.supervisor = Supervisor(self, workers, config)
         self._config = config
-        self._vmm = vmm
         self._server = server
         self._store = store
         self._attach_first = attach
-        self._binding: set[int] = set()
         self._page: mmap.mmap | None = None
         self._ring: RingConnection | None = None
         self._ended = False
@@ -134,10 +105,7 @@ class Domain:
 
     def set_ports(self, entries: Iterable[p.PortEntry], fds: Sequence[int]) -> None:
         """Ports that are bound already (RESUME). Takes the descriptors."""
-        for port in self.ports.values():
-            port.close()
-        # Nobody's yet: the device that asks for the port gets it.
-        self.ports = {entry.port: Port(0, fds[entry.kick_fd_index], fds[entry.notify_fd_index]) for entry in entries}
+        self.ports.set({entry.port: (fds[entry.kick_fd_index], fds[entry.notify_fd_index]) for entry in entries})
 
     def _check_all(self, entries: Sequence[p.MemoryEntry | p.GrantEntry], fds: Sequence[int]) -> list[Held]:
         try:
@@ -255,10 +223,9 @@ class Domain:
         await self.supervisor.start()
         toolstack.add_domain(self._server, self)
         if self._page is not None:
-            await self.bind(_STORE, [self.store_port])
-            port = self.ports[self.store_port]
+            kick, notify = await self.ports.bind(STORE, [self.store_port])
             self._server.introduce(self.domid)
-            self._ring = self._server.attach_ring(self.domid, self._page, port.kick, port.notify)
+            self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
         else:
             self._server.introduce(self.domid)
         self.running = True
@@ -287,83 +254,32 @@ class Domain:
         toolstack.remove_domain(self._server, self.domid, self.uuid)
         if self._page is not None:
             self._page.close()
-        for port in self.ports.values():
-            port.close()
+        self.ports.close()
         for disk in self.disks.values():
             disk.close()
         _drop([*(held for _, held in self.slots.values()), *(held for _, held in self.frames.values())])
-        self.ports, self.disks, self.slots, self.frames = {}, {}, {}, {}
+        self.disks, self.slots, self.frames = {}, {}, {}
 
     # ---- ports
 
     async def bind(self, devid: int, ports: Sequence[int]) -> list[int]:
-        """Eventfds (kick, notify, kick, notify, ...) of a device's ports, bound if they are not yet; all or none.
-
-        They stay the domain's. VmmError: the VMM refuses, or a port is another device's.
-        """
-        what = f"{self.label}: " + ("xenstore" if devid == _STORE else f"device {devid}")
-        if self._ended:
-            raise VmmError(f"{what}: the domain has ended")
-        for port in ports:
-            owner = self.ports[port].owner if port in self.ports else 0
-            if port in self._binding or owner not in (0, devid):
-                raise VmmError(f"{what}: port {port} is bound for another device", errno.EBUSY)
-        new = [port for port in dict.fromkeys(ports) if port not in self.ports]
-        if len(self.ports) + len(new) > self._config.limits.ports:
-            raise VmmError(f"{what}: more than {self._config.limits.ports} ports (limits.ports)", errno.ENOSPC)
-        if new:
-            await self._bind_new(devid, new, what)
-        for port in ports:
-            self.ports[port].owner = devid
-        return [fd for port in ports for fd in (self.ports[port].kick, self.ports[port].notify)]
-
-    async def _bind_new(self, devid: int, new: Sequence[int], what: str) -> None:
-        descriptors.require(2 * len(new), what)
-        self._binding.update(new)
-        kicks: dict[int, int] = {}
-        try:
-            for port in new:
-                kicks[port] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            notifies = await self._vmm.bind_ports(kicks)
-        except BaseException as exc:
-            transport.close_all(kicks.values())
-            if isinstance(exc, EvtchndError):
-                raise VmmError(f"{what}: {exc}") from None
-            raise
-        finally:
-            self._binding.difference_update(new)
-        if self._ended:
-            transport.close_all([*kicks.values(), *notifies.values()])
-            raise VmmError(f"{what}: the domain has ended")
-        for port in new:
-            self.ports[port] = Port(devid, kicks[port], notifies[port])
+        """As Ports.bind."""
+        return await self.ports.bind(devid, ports)
 
     def unbind(self, devid: int, ports: Sequence[int]) -> None:
-        """Gives a device's ports back to the guest. Those that are not its own (any more) are left alone."""
-        mine = [port for port in ports if port in self.ports and self.ports[port].owner == devid]
-        for port in mine:
-            self.ports.pop(port).close()
-        if mine and not self._ended:
-            self._vmm.unbind_ports(mine)
-
-    def port_closed(self, port: int) -> None:
-        """The guest has closed `port` (or all): whatever it binds under that number next is another channel."""
-        gone = [port] if port != p.ALL_PORTS else list(self.ports)
-        for each in gone:
-            known = self.ports.pop(each, None)
-            if known is None:
-                continue
-            if known.owner == _STORE and self._ring is not None:
-                log.info("%s: the guest has closed its XenStore port", self.label)
-                self._ring.close()
-                self._ring = None
-            known.close()
+        """As Ports.unbind."""
+        self.ports.unbind(devid, ports)
 
     def kick(self, devid: int) -> None:
-        for port in self.ports.values():
-            if port.owner == devid:
-                with suppress(BlockingIOError):
-                    os.write(port.kick, _ONE)
+        """As Ports.kick."""
+        self.ports.kick(devid)
+
+    def port_closed(self, port: int) -> None:
+        """The guest has closed `port` (or all of them); without the XenStore ring's, that ring is not served."""
+        if STORE in self.ports.closed(port) and self._ring is not None:
+            log.info("%s: the guest has closed its XenStore port", self.label)
+            self._ring.close()
+            self._ring = None
 
     # ---- disks
 
@@ -415,7 +331,7 @@ class Domain:
     def remove(self, disk: Disk) -> None:
         """Nodes, ports, descriptors."""
         del self.disks[disk.devid]
-        self.unbind(disk.devid, [port for port, each in self.ports.items() if each.owner == disk.devid])
+        self.ports.unbind(disk.devid, self.ports.of(disk.devid))
         toolstack.remove_disk(self._server, disk)
         disk.close()
 

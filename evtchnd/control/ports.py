@@ -1,0 +1,139 @@
+"""The domain-0 ends of a domain's event ports: two eventfds each, and whose they are.
+
+The control plane makes the kick eventfd, the VMM gives the one that notifies; both stay here, so that a worker that
+replaces another one gets the same ones, with what was kicked meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from evtchnd import transport
+from evtchnd.control import descriptors
+from evtchnd.errors import EvtchndError, VmmError
+from evtchnd.messages import ALL_PORTS
+
+STORE = -1
+"""Owner of the XenStore ring's port; device numbers are not negative."""
+# Owner of a port that RESUME brought: the device that asks for it gets it.
+_NOBODY = -2
+_ONE = (1).to_bytes(8, "little")
+
+
+class Vmm(Protocol):
+    """The domain's VMM, as far as ports need it."""
+
+    async def bind_ports(self, ports: Mapping[int, int]) -> dict[int, int]:
+        """Port to kick eventfd -> port to notify eventfd, the caller's. VmmError, HostError; all or none."""
+
+    def unbind_ports(self, ports: Sequence[int]) -> None:
+        """Does not wait."""
+
+
+class _Port:
+    def __init__(self, owner: int, kick: int, notify: int) -> None:
+        self.owner = owner
+        self.kick = kick
+        self.notify = notify
+
+    def close(self) -> None:
+        transport.close_all({self.kick, self.notify})
+
+
+class Ports:
+    """All of one domain. `label` begins every error; `most` is limits.ports."""
+
+    def __init__(self, label: str, vmm: Vmm, most: int) -> None:
+        self._label = label
+        self._vmm = vmm
+        self._most = most
+        self._ports: dict[int, _Port] = {}
+        self._binding: set[int] = set()
+        self._over = False
+
+    def __len__(self) -> int:
+        return len(self._ports)
+
+    def of(self, owner: int) -> list[int]:
+        """A device's ports."""
+        return [port for port, each in self._ports.items() if each.owner == owner]
+
+    def set(self, ports: Mapping[int, tuple[int, int]]) -> None:
+        """Ports that are bound already: (kick, notify) by number. Takes the descriptors."""
+        self._drop(list(self._ports))
+        self._ports = {port: _Port(_NOBODY, kick, notify) for port, (kick, notify) in ports.items()}
+
+    async def bind(self, owner: int, ports: Sequence[int]) -> list[int]:
+        """Eventfds (kick, notify, kick, notify, ...) of a device's ports, bound if they are not yet; all or none.
+
+        They stay ours. VmmError: the VMM refuses, or a port is another device's; HostError: no descriptors left.
+        """
+        what = f"{self._label}: " + ("xenstore" if owner == STORE else f"device {owner}")
+        for port in ports:
+            other = self._ports[port].owner if port in self._ports else _NOBODY
+            if port in self._binding or other not in (_NOBODY, owner):
+                raise VmmError(f"{what}: port {port} is bound for another device", errno.EBUSY)
+        new = [port for port in dict.fromkeys(ports) if port not in self._ports]
+        if len(self._ports) + len(self._binding) + len(new) > self._most:
+            raise VmmError(f"{what}: {self._most} ports are the limit (limits.ports)", errno.ENOSPC)
+        if new:
+            await self._bind(owner, new, what)
+        for port in ports:
+            self._ports[port].owner = owner
+        return [fd for port in ports for fd in (self._ports[port].kick, self._ports[port].notify)]
+
+    async def _bind(self, owner: int, new: Sequence[int], what: str) -> None:
+        descriptors.require(2 * len(new), what)
+        self._binding.update(new)
+        kicks: dict[int, int] = {}
+        try:
+            for port in new:
+                kicks[port] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            notifies = await self._vmm.bind_ports(kicks)
+        except BaseException as exc:
+            transport.close_all(kicks.values())
+            if isinstance(exc, EvtchndError):
+                raise VmmError(f"{what}: {exc}") from None
+            raise
+        finally:
+            self._binding.difference_update(new)
+        if self._over:
+            transport.close_all([*kicks.values(), *notifies.values()])
+            raise VmmError(f"{what}: the domain has ended")
+        self._ports.update({port: _Port(owner, kicks[port], notifies[port]) for port in new})
+
+    def unbind(self, owner: int, ports: Sequence[int]) -> None:
+        """Gives a device's ports back to the guest. Those that are not its own (any more) are left alone."""
+        mine = [port for port in ports if port in self._ports and self._ports[port].owner == owner]
+        self._drop(mine)
+        if mine and not self._over:
+            self._vmm.unbind_ports(mine)
+
+    def closed(self, port: int) -> set[int]:
+        """The guest has closed `port` (or all): what it binds under that number next is another channel.
+
+        -> the owners that have lost a port.
+        """
+        gone = [each for each in (list(self._ports) if port == ALL_PORTS else [port]) if each in self._ports]
+        owners = {self._ports[each].owner for each in gone}
+        self._drop(gone)
+        return owners
+
+    def kick(self, owner: int) -> None:
+        """Kicks every port of a device, as if its guest had."""
+        for port in self.of(owner):
+            with suppress(BlockingIOError):  # full: it is kicked
+                os.write(self._ports[port].kick, _ONE)
+
+    def close(self) -> None:
+        """Closes all, for good."""
+        self._over = True
+        self._drop(list(self._ports))
+
+    def _drop(self, ports: Sequence[int]) -> None:
+        for port in ports:
+            self._ports.pop(port).close()
