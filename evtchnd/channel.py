@@ -120,7 +120,7 @@ class Channel:
         return self._kick
 
     def drive(self, coro: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
-        """Runs `coro` up to its first `kicked()`, then steps it from the reader callback.
+        """Runs `coro` up to its first `kicked()` (it may work there already), then steps it from the reader callback.
 
         Its result or exception lands in the future. Cancelling the future closes the coroutine (GeneratorExit at its
         `await`). Call it once a channel, on the running loop.
@@ -136,8 +136,10 @@ class Channel:
         self._done.add_done_callback(self._ended)
         self._poller.attach(self)
         loop.add_reader(self.kick_fd, self._on_kick)
+        done = self._done
         self.advance()
-        return self._done
+        self._poller.pumped(found=True)
+        return done
 
     def watch(self, pending: Callable[[], bool], arm: Callable[[], bool]) -> None:
         """What the poller looks at, and how it arms the ring before it sleeps.

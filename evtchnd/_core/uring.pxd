@@ -15,8 +15,7 @@ cdef class Uring:
     cdef uint32_t tail, head, sq_mask, cq_mask
     cdef Py_ssize_t sq_tail_at, cq_head_at, cq_tail_at, cqes_at
     cdef Mem rings, sqes
-    cdef list wakes, inboxes, maps
-    cdef set starved
+    cdef list maps
     @cython.locals(at=Py_ssize_t)
     cdef bint push(self, int op, int fd, uint64_t off, uint64_t addr, uint32_t length, uint32_t flags, uint64_t tag) except -1
     cpdef bint readv(self, int fd, uint64_t iov_addr, uint32_t iov_count, uint64_t offset, uint64_t tag) except -1

@@ -1,9 +1,9 @@
 # cython: boundscheck=False, wraparound=False, annotation_typing=False
 """io_uring by raw system calls, in plain integers: the little that a disk needs.
 
-One submission ring and one eventfd a worker, shared by its disks. Completions are sorted to their owners by the upper
-half of the tag. No SINGLE_ISSUER, no DEFER_TASKRUN: what a dead submitter left behind must still complete where
-another process can see it (`inflight_of`), since the kernel goes on with it after a SIGKILL.
+One ring and one eventfd a disk, so that a disk whose storage hangs fills nobody else's. No SINGLE_ISSUER and no
+DEFER_TASKRUN: the kernel goes on with what was submitted after a SIGKILL of the submitter, and that must complete
+where another process sees it (`inflight_of`).
 
 ABI: linux/io_uring.h. struct io_uring_params is 120 bytes, sq_off at 40 and cq_off at 80; an entry is
 `{u8 opcode, flags; u16 ioprio; s32 fd; u64 off, addr; u32 len, op_flags; u64 user_data; u64 pad[3]}`, a completion
@@ -17,13 +17,12 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 try:
     import cython
 except ImportError:
-    from evtchnd._core import nocython as cython  # type: ignore[no-redef]
+    from evtchnd._core import nocython as cython
 
 from evtchnd._core.words import Mem
 from evtchnd.errors import HostError
@@ -99,9 +98,7 @@ class Uring:
     refused: use threads then. `fd` is the ring's descriptor (Unix sockets refuse to carry it: see `descriptor_of`);
     `queued` entries wait for `submit()`; `inflight` counts those whose completion is not reaped, at most `entries`.
 
-    An *owner* (a disk) enrols, tags its requests with 32 bits of its own, and collects its completions:
-    `ready()` sorts what has completed, then calls each owner's wake. Queued entries reach the kernel by `submit()`,
-    at the latest by the next `pending()`.
+    A tag is any 64-bit number. Queued entries reach the kernel by `submit()`, at the latest by the next `pending()`.
     """
 
     if TYPE_CHECKING:
@@ -113,16 +110,13 @@ class Uring:
         rings: Mem
         sqes: Mem
         maps: list[tuple[int, int]]
-        wakes: list[Callable[[], None] | None]
-        inboxes: list[list[tuple[int, int]]]
-        starved: set[int]
 
     def __init__(self, entries: int = 256, *, eventfd: int) -> None:
         self.fd = -1
         self.eventfd = eventfd
         self.entries = self.inflight = self.queued = 0
         self.tail = self.head = 0  # both start at 0 in a new ring
-        self.wakes, self.inboxes, self.maps, self.starved = [], [], [], set()
+        self.maps = []
         self.fd, words = _setup(entries)
         try:
             self._attach(words)
@@ -171,7 +165,6 @@ class Uring:
     def push(self, op: int, fd: int, off: int, addr: int, length: int, flags: int, tag: int) -> bool:
         # Bounded by the submission ring, which is half of the completion ring: that one never overflows.
         if self.inflight >= self.entries:
-            self.starved.add(tag >> 32)
             return False
         at = (self.tail & self.sq_mask) * _SQE_SIZE
         # Private until the tail moves.
@@ -227,49 +220,6 @@ class Uring:
         self.head = head
         self.inflight -= len(found)
         st32(self.rings.p, self.cq_head_at, head)
-        return found
-
-    def enrol(self, wake: Callable[[], None]) -> int:
-        """A new owner: the upper half of its tags, `tag = owner << 32 | own 32 bits`.
-
-        wake is called by `ready()` when there is something to collect, or room again after the ring was full.
-        """
-        for owner, other in enumerate(self.wakes):
-            if other is None:
-                self.wakes[owner] = wake
-                self.inboxes[owner] = []
-                return owner
-        self.wakes.append(wake)
-        self.inboxes.append([])
-        return len(self.wakes) - 1
-
-    def dismiss(self, owner: int) -> None:
-        """That owner has nothing in flight any more."""
-        self.wakes[owner] = None
-        self.inboxes[owner] = []
-        self.starved.discard(owner)
-
-    def ready(self) -> None:
-        """Reaps, sorts, wakes the owners concerned."""
-        due: set[int] = set()
-        for tag, result in self.reap():
-            owner = tag >> 32
-            if owner < len(self.inboxes):
-                self.inboxes[owner].append((tag & _MASK32, result))
-                due.add(owner)
-        if self.starved and self.inflight < self.entries:
-            due |= self.starved
-            self.starved.clear()
-        for owner in due:
-            wake = self.wakes[owner] if owner < len(self.wakes) else None
-            if wake is not None:
-                wake()
-
-    def collect(self, owner: int) -> list[tuple[int, int]]:
-        """What `ready()` sorted for `owner` since the last time: (own 32 bits of the tag, result or -errno)."""
-        found = self.inboxes[owner]
-        if found:
-            self.inboxes[owner] = []
         return found
 
     def close(self) -> None:
