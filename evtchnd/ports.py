@@ -345,19 +345,19 @@ class PortTable:
         binder's port pending: the caller writes `kick_fd` once when the kernel has the table, and the backend scans.
         """
         status = self._ports.get(port, _CLOSED)
-        self._serial += 1
-        if status.state is Evtchnstat.INTERDOMAIN and status.dom == BACKEND_DOMID:
-            end = self._end_of(port)
-            del self._ends[end.home]  # another than `port` if the guest closed that one and bound to our end again
-            self._ends[port] = replace(end, home=port, kick_fd=kick_fd, notify_fd=notify_fd, serial=self._serial)
-            self._table = None
-            return
-        if status.state is not Evtchnstat.UNBOUND or status.dom != BACKEND_DOMID:
+        connected = status.state is Evtchnstat.INTERDOMAIN and status.dom == BACKEND_DOMID
+        if not connected and (status.state is not Evtchnstat.UNBOUND or status.dom != BACKEND_DOMID):
             raise self._refused(port, f"{status.state.name.lower()}, not unbound for domain 0")
-        if port in self._ends:  # closed and opened again by the guest: the old end is stale
+        self._serial += 1
+        if connected:
+            number = status.port
+            # known by another port if the guest closed that one and bound to our end again
+            del self._ends[self._end_of(port).home]
+        if port in self._ends:  # stale: the guest has closed its end and opened another of this number
             self.disconnect(port)
-        used = {end.number for end in self._ends.values()}
-        number = next(n for n in range(1, len(used) + 2) if n not in used)
+        if not connected:
+            used = {end.number for end in self._ends.values()}
+            number = next(n for n in range(1, len(used) + 2) if n not in used)
         self._ends[port] = _End(number, port, port, kick_fd, notify_fd, self._serial)
         self._put(port, Status(Evtchnstat.INTERDOMAIN, status.vcpu, port=number))
 
