@@ -1,0 +1,1 @@
+"""XenStore: wire format, tree, store (pure); server and client (asyncio)."""

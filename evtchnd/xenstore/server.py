@@ -1,112 +1,287 @@
-"""XenStore's transports: Unix sockets, guests' ring pages, and the control plane itself, on one asyncio loop."""
+"""XenStore's transports on one asyncio loop: Unix sockets, guests' ring pages, the control plane itself.
+
+Every transport is the same pump: take a bounded number of requests, let the store answer, send what has come up for
+anybody. A client that does not take its replies is not read from; one with much to say is served in turns with the
+others; one that leaves watch events unread for too long is disconnected.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import mmap
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from evtchnd.xenstore.store import Quotas, XenStore
+from ..errors import HostError
+from . import local, operations, wire
+from .local import LocalAccess, LocalTransaction
+from .quota import Connection, Quotas
+from .rings import RingConnection
+from .store import XenStore
+
+log = logging.getLogger(__name__)
+
+__all__ = ["LocalTransaction", "Quotas", "RingConnection", "Server", "XenStore"]
+
+# Requests of one client in a row. A request costs 5-20 us: the others wait for half a millisecond at most.
+BATCH = 32
+# Bytes in a socket's transport beyond which its client is no longer read from; 16 replies of the largest size
+HIGH_WATER = 65536
+# Clients of the socket: each costs a descriptor and some KiB; the C server has no limit but RLIMIT_NOFILE
+CLIENTS_MAX = 4096
+_STALL_CHECK_S = 1.0
 
 
-class RingConnection:
-    """A guest's XenStore ring, served on the loop."""
+class SocketConnection(asyncio.Protocol):
+    """One client's stream socket."""
 
-    domid: int
-    closed: bool
+    def __init__(self, server: Server, domid: int, confine: int | None) -> None:
+        self._server = server
+        self._conn = server.store.connect(domid, confine=confine)
+        self._conn.flush = self.flush
+        self._conn.on_close = self._end
+        self._parser = wire.Parser()
+        self._transport: asyncio.Transport | None = None
+        self._blocked = False  # the transport holds more than HIGH_WATER
+        self._turn: asyncio.Handle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not isinstance(transport, asyncio.Transport):
+            raise TypeError(transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=HIGH_WATER)
+        self._server.connections[self._conn] = self
+        if len(self._server.connections) > CLIENTS_MAX:
+            self._end(f"{CLIENTS_MAX} clients are connected")
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed(data)
+        if self._turn is None:
+            self._pump()
+
+    def _pump(self) -> None:
+        self._turn = None
+        transport, conn, store, parser = self._transport, self._conn, self._server.store, self._parser
+        if transport is None or transport.is_closing():
+            return
+        for _ in range(BATCH):
+            if self._blocked:
+                transport.pause_reading()
+                break
+            try:
+                message = parser.next()
+            except wire.ProtocolError as error:
+                self._end(str(error))
+                break
+            if message is None:
+                transport.resume_reading()
+                break
+            operations.handle(store, conn, *message)
+            self.flush()
+        else:
+            transport.pause_reading()
+            self._turn = asyncio.get_running_loop().call_soon(self._pump)
+        self._server.flush()
+
+    def flush(self) -> None:
+        """Send what waits, as far as the socket takes it."""
+        conn, transport = self._conn, self._transport
+        if transport is None or transport.is_closing():
+            return
+        if conn.overflowed:
+            self._end("it does not read its watch events")
+            return
+        while conn.out and not self._blocked:
+            transport.write(conn.take())
+        if conn.out:
+            self._server.stalls(conn)
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._server.progress(self._conn)
+        self.flush()
+        if not self._blocked and self._turn is None and self._transport is not None:
+            self._turn = asyncio.get_running_loop().call_soon(self._pump)
+
+    def _end(self, reason: str) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            log.warning("domain %d: xenstore: connection closed: %s", self._conn.domid, reason)
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+        self._transport = None
+        self._server.gone(self._conn)
 
     def close(self) -> None:
-        """Stop serving the ring; watches and open transactions of this connection go. Idempotent."""
-        raise NotImplementedError
+        """End it from our side."""
+        if self._transport is not None:
+            self._transport.abort()
 
 
-class LocalTransaction:
-    """What `Server.transaction()` gives: the same calls as Server, on the transaction's view."""
-
-    def write(self, path: str, value: str | bytes | int, *, perms: Sequence[str] | None = None) -> None: ...
-    def read(self, path: str) -> str: ...
-    def get(self, path: str, default: str | None = None) -> str | None: ...
-    def ls(self, path: str) -> list[str]: ...
-    def mkdir(self, path: str, *, perms: Sequence[str] | None = None) -> None: ...
-    def rm(self, path: str) -> None: ...
-    def set_perms(self, path: str, perms: Sequence[str]) -> None: ...
-    def get_perms(self, path: str) -> list[str]: ...
-    def exists(self, path: str) -> bool: ...
-
-
-class Server:
-    """The daemon's XenStore. Everything here runs on the loop's thread; only `listen` must be awaited.
-
-    Values are `str` (UTF-8, other bytes as surrogate escapes), paths absolute; permissions are strings as `xenstore-chmod` takes
-    them: `["n0", "r7"]` = owned by domain 0, no access for others, domain 7 reads. Every failing call raises
-    `wire.XenStoreError` (an OSError look-alike: `.name` "ENOENT", `.errno`).
-    """
+class Server(LocalAccess):
+    """The daemon's XenStore, on the loop's thread. Its own `write`, `read`, `ls`, ... are those of LocalAccess."""
 
     def __init__(self, store: XenStore | None = None, *, quotas: Quotas | None = None) -> None:
-        raise NotImplementedError
+        self.store = XenStore(quotas) if store is None else store
+        super().__init__(self.store, self.store.connect(0))
+        self.connections: dict[Connection, SocketConnection | RingConnection] = {}
+        self._listeners: list[asyncio.Server] = []
+        self._paths: list[Path] = []
+        self._opening: set[asyncio.Task[None]] = set()
+        self._stalled: dict[Connection, float] = {}
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     # ---- transports
+
     async def listen(self, path: str, mode: int = 0o660) -> None:
-        """Serve a Unix socket at `path` (a stale one is replaced): every client is domain 0, not confined."""
+        """Serve a Unix socket at `path` (a stale one is replaced): every client is domain 0, not confined.
+
+        HostError if the socket cannot be made.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        file = Path(path)
+        try:
+            file.unlink(missing_ok=True)
+            sock.bind(path)
+            file.chmod(mode)
+            sock.listen(128)
+        except OSError as error:
+            sock.close()
+            raise HostError(f"xenstore: socket {path}: {error.strerror}") from None
+        self._paths.append(file)
+        await self.adopt(sock)
 
     async def adopt(self, sock: socket.socket) -> None:
         """Serve a listening Unix stream socket that came from elsewhere (systemd). Takes ownership."""
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        self._listeners.append(await loop.create_unix_server(lambda: SocketConnection(self, 0, None), sock=sock))
 
     def attach_socket(self, sock: socket.socket, *, domid: int = 0, confine: int | None = None) -> None:
         """Serve one end of a SOCK_STREAM socketpair. Takes ownership; ends by EOF.
 
-        With `confine=7` (a worker): it may write only /local/domain/0/backend/*/7/**, never a `params` or what lies beside, and may read and watch
-        only that and /local/domain/7/**; INTRODUCE, RELEASE and CONTROL are refused.
+        With `confine=7` (a worker) the client may write only below a device, /local/domain/0/backend/*/7/*/, never
+        `params` there; it may read and watch only /local/domain/0/backend/*/7 and /local/domain/7 and what is below;
+        SET_PERMS and what is for domain 0's tools are refused; a device that was removed does not come back by a write.
         """
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        protocol = SocketConnection(self, domid, confine)
+
+        async def connect() -> None:
+            try:
+                await loop.connect_accepted_socket(lambda: protocol, sock)
+            except OSError as error:
+                log.warning("domain %d: xenstore: socket: %s", domid, error.strerror)
+                sock.close()
+                protocol.connection_lost(error)
+
+        task = loop.create_task(connect())
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
 
     def attach_ring(self, domid: int, page: mmap.mmap | memoryview, kick: int, notify: int) -> RingConnection:
-        """Serve a guest's XenStore page. `kick` and `notify` are eventfds and are duplicated; the page stays the caller's and must
-        live until `close()` of what is returned (after which no view of it is held). Call `introduce` first.
+        """Serve a guest's XenStore page (4096 bytes).
 
-        A guest that corrupts its ring: one line in the log, the connection is closed, nothing else happens.
+        `kick` and `notify` are eventfds and are duplicated; the page stays the caller's and must live until `close()`
+        of what is returned, after which no view of it is held. A guest that corrupts its ring: one line in the log,
+        the page's error field, and its connection is closed; nobody else is touched.
         """
-        raise NotImplementedError
+        connection = RingConnection(self, domid, page, kick, notify)
+        self.connections[connection.conn] = connection
+        connection.start()
+        return connection
+
+    def gone(self, conn: Connection) -> None:
+        """A transport has ended."""
+        self.connections.pop(conn, None)
+        self.progress(conn)
+        self.store.disconnect(conn)
 
     # ---- domains
+
     def introduce(self, domid: int) -> None:
-        """The domain exists now: fires @introduceDomain. Write its nodes before or after, as xl does: before is fine."""
+        """The domain exists now: @introduceDomain fires. Its nodes may be written before or after."""
+        self.store.introduce(domid)
+        self.flush()
 
     def release(self, domid: int) -> None:
-        """The domain is gone: its ring connection is closed, its nodes, permissions, watches and quotas go, /local/domain/<domid> is removed,
-        @releaseDomain fires. Harmless for an unknown domain."""
-
-    # ---- the control plane's own access: domain 0, not confined, synchronous
-    def write(self, path: str, value: str | bytes | int, *, perms: Sequence[str] | None = None) -> None:
-        """Write (parents are made); with `perms` the node's permissions are set, too."""
-
-    def read(self, path: str) -> str:
-        raise NotImplementedError
-
-    def get(self, path: str, default: str | None = None) -> str | None:
-        """`read`, with a default where the node is missing."""
-        raise NotImplementedError
-
-    def ls(self, path: str) -> list[str]:
-        """Names of the children, in order of creation."""
-        raise NotImplementedError
-
-    def mkdir(self, path: str, *, perms: Sequence[str] | None = None) -> None: ...
-    def rm(self, path: str) -> None:
-        """Remove a tree. No error if it is not there."""
-
-    def set_perms(self, path: str, perms: Sequence[str]) -> None: ...
-    def get_perms(self, path: str) -> list[str]:
-        raise NotImplementedError
-
-    def exists(self, path: str) -> bool:
-        raise NotImplementedError
+        """The domain is gone: its ring is closed; its nodes, permissions, watches and quotas go, /local/domain/<domid>
+        is removed; @releaseDomain fires. Harmless for an unknown domain."""
+        self.store.release(domid)
+        self.flush()
 
     @contextmanager
     def transaction(self) -> Iterator[LocalTransaction]:
-        """`with server.transaction() as t: t.write(...)`: all or nothing, watches fire once at the end. Do not await inside: then it cannot conflict."""
-        raise NotImplementedError
-        yield
+        """`with server.transaction() as t: t.write(...)`: all or nothing, watches fire at its end.
+
+        Do not await inside: then it cannot conflict (EAGAIN).
+        """
+        with local.transaction(self.store, self._conn) as view:
+            yield view
+        self.flush()
+
+    # ---- what waits to be sent
+
+    def _settle(self) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the last request has queued, in whatever connection."""
+        ready = self.store.ready
+        while ready:
+            conn, _ = ready.popitem()
+            if conn.flush is not None:
+                conn.flush()
+
+    def stalls(self, conn: Connection) -> None:
+        """The client does not take what waits for it."""
+        loop = asyncio.get_running_loop()
+        self._stalled.setdefault(conn, loop.time())
+        if self._stall_timer is None:
+            self._stall_timer = loop.call_later(_STALL_CHECK_S, self._check_stalled)
+
+    def progress(self, conn: Connection) -> None:
+        """The client has taken something."""
+        self._stalled.pop(conn, None)
+
+    def _check_stalled(self) -> None:
+        self._stall_timer = None
+        loop = asyncio.get_running_loop()
+        for conn, since in list(self._stalled.items()):
+            quotas = conn.quotas
+            if not conn.out:
+                del self._stalled[conn]
+            elif quotas is not None and conn.unread and loop.time() - since >= quotas.unread_s and conn.on_close:
+                self.store.refusals.note(conn.domid, "WATCH_EVENT", "unread_s", int(loop.time() - since), 20)
+                conn.on_close(f"watch events unread for {quotas.unread_s:.0f} s")
+        if self._stalled:
+            self._stall_timer = loop.call_later(_STALL_CHECK_S, self._check_stalled)
 
     async def close(self) -> None:
         """Stop listening, close every connection, remove the socket's file. Idempotent."""
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for file in self._paths:
+            with suppress(OSError):
+                file.unlink()
+        self._paths.clear()
+        if self._opening:
+            await asyncio.wait(list(self._opening))
+        for connection in list(self.connections.values()):
+            connection.close()
+        while self.connections:
+            await asyncio.sleep(0)
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None

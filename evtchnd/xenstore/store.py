@@ -1,11 +1,242 @@
-"""XenStore without I/O: domains, connections, transactions, watches, permissions, quotas."""
+"""The store without I/O: its published root, domains, clients, watches. What a request means is in operations.py.
+
+A change outside of a transaction is a transaction of one operation: made on `now`, then published, or forgotten as a
+whole. Publishing replaces one root by another, then brings the accounts up to date, then tells the watches.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
 
-class Quotas:
-    """Limits of one domain (defaults: the C server's)."""
+from . import wire
+from .quota import Connection, Domain, Quotas, Refusals
+from .tree import Node, Transaction, Tree
+from .watches import Watch, Watches
+from .wire import XenStoreError
+
+__all__ = ["Connection", "Domain", "Quotas", "XenStore"]
+
+INTRODUCED = b"@introduceDomain"
+RELEASED = b"@releaseDomain"
+DOMAIN_0: wire.Perms = ((0, wire.PERM_NONE),)
 
 
 class XenStore:
-    """The store. See server.py for who drives it."""
+    """The store's state.
+
+    now             the public state; an operation outside of a transaction changes it, then `publish(now)`
+    domains         those that are introduced, named in permissions or connected
+    ready           connections that have something new to send
+    generation      goes up with every change
+    `clock` (seconds) is for the rate of log lines only.
+    """
+
+    def __init__(self, quotas: Quotas | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.quotas = Quotas() if quotas is None else quotas
+        self.refusals = Refusals(clock)
+        self.domains: dict[int, Domain] = {}
+        self.connections: dict[Connection, None] = {}
+        self.ready: dict[Connection, None] = {}
+        self.watches = Watches()
+        self.generation = 1
+        self.now = Transaction(Tree.empty(DOMAIN_0, (INTRODUCED, RELEASED)), record=False)
+        self.domain(0)
+
+    @property
+    def tree(self) -> Tree:
+        """The published root."""
+        return self.now.base
+
+    def tick(self) -> int:
+        """A generation that no node has had."""
+        self.generation += 1
+        return self.generation
+
+    # ---- clients
+
+    def domain(self, domid: int) -> Domain:
+        """The domain's account, made when the domain is first named."""
+        found = self.domains.get(domid)
+        if found is None:
+            found = self.domains[domid] = Domain(domid, self.quotas)
+        return found
+
+    def exists(self, domid: int) -> bool:
+        """Is the domain introduced and not released?"""
+        domain = self.domains.get(domid)
+        return domain is not None and domain.introduced
+
+    def connect(self, domid: int, *, confine: int | None = None) -> Connection:
+        """A new client. Domain 0 is privileged, unless it is confined to the nodes of one guest."""
+        conn = Connection(self.domain(domid), self.ready, self.refusals, confine=confine)
+        conn.domain.connections += 1
+        self.connections[conn] = None
+        return conn
+
+    def disconnect(self, conn: Connection) -> None:
+        """The client is gone, with its watches and transactions. Idempotent."""
+        if conn in self.connections:
+            self.reset(conn)
+            conn.domain.connections -= 1
+            del self.connections[conn]
+            self.ready.pop(conn, None)
+
+    def reset(self, conn: Connection) -> None:
+        """Watches, transactions and what waits to be sent go: a ring was reconnected."""
+        self.reset_watches(conn)
+        conn.clear()
+
+    def reset_watches(self, conn: Connection) -> None:
+        """Watches and transactions go."""
+        for watch in conn.watches.values():
+            self.watches.remove(watch)
+        conn.watches.clear()
+        conn.transactions.clear()
+
+    def add_watch(self, watch: Watch) -> None:
+        watch.conn.watches[watch.path, watch.token] = watch
+        self.watches.add(watch)
+
+    def remove_watch(self, conn: Connection, path: bytes, token: bytes) -> None:
+        """ENOENT if there is none."""
+        watch = conn.watches.pop((path, token), None)
+        if watch is None:
+            raise XenStoreError("ENOENT", "no such watch")
+        self.watches.remove(watch)
+
+    # ---- domains
+
+    def introduce(self, domid: int) -> None:
+        """The domain exists: fires @introduceDomain."""
+        self.domain(domid).introduced = True
+        self._fire(INTRODUCED, True, None)
+
+    def release(self, domid: int) -> bool:
+        """The domain is gone: its clients, nodes, permissions and quotas; then @releaseDomain fires.
+
+        False: nothing was known of it. A later domain of this number inherits nothing (XSA-322, XSA-417, XSA-419).
+        """
+        domain = self.domains.get(domid)
+        if domain is None or domid == 0:
+            return False
+        for conn in [conn for conn in self.connections if conn.domid == domid]:
+            self.disconnect(conn)
+            if conn.on_close is not None:
+                conn.on_close("the domain is released")
+        now = self.now
+        home = b"/local/domain/%d" % domid
+        if now.tree.get(home) is not None:
+            now.remove(home, self.tick())
+        for path in sorted(domain.named):
+            node = now.tree.get(path)
+            if node is None:
+                continue
+            if node.owner == domid and path[:1] == b"/" and path != b"/":
+                now.remove(path, self.tick())
+            else:
+                owner = DOMAIN_0[0] if node.owner == domid else node.perms[0]
+                others = tuple(entry for entry in node.perms[1:] if entry[0] != domid)
+                now.update(path, node, node.value, (owner, *others), self.tick())
+        self.publish(now)
+        for other in self.domains.values():
+            if other.target == domid:
+                other.target = None
+        introduced = domain.introduced
+        self.domains.pop(domid, None)
+        self.refusals.forget(domid)
+        if introduced:
+            self._fire(RELEASED, True, None)
+        return True
+
+    # ---- publishing
+
+    def publish(self, view: Transaction) -> None:
+        """Make what `view` changed the public state. The caller has looked for conflicts."""
+        now = self.now
+        if view is now:
+            tree, before, events = now.tree, now.changes, now.events
+            now.changes, now.events, now.growth = {}, {}, {}
+        else:
+            tree, events = view.merged(self.tree), view.events
+            before = {path: self.tree.get(path) for path in view.changes}
+        now.base = now.tree = tree
+        for path, old in before.items():
+            self._account(path, old, tree.get(path))
+        for path, subtree in events.items():
+            self._fire(path, subtree, before.get(path))
+
+    def forget(self) -> None:
+        """Undo what a failed operation did to `now`."""
+        if self.now.tree is not self.now.base or self.now.events:
+            self.now = Transaction(self.now.base, record=False)
+
+    def _account(self, path: bytes, old: Node | None, new: Node | None) -> None:
+        if old is not None and new is not None and old.perms is new.perms:
+            return
+        if old is not None:
+            for domid, _ in old.perms:
+                if domid:
+                    self.domains[domid].named.discard(path)
+            if old.owner:
+                self.domains[old.owner].owned -= 1
+        if new is not None:
+            for domid, _ in new.perms:
+                if domid:
+                    self.domain(domid).named.add(path)
+            if new.owner:
+                self.domain(new.owner).owned += 1
+        if old is not None:
+            for domid, _ in old.perms:
+                # Any of 65,536 numbers may be named in permissions: what is not used is not kept
+                if domid and (domain := self.domains.get(domid)) is not None and domain.idle:
+                    del self.domains[domid]
+
+    def _fire(self, path: bytes, subtree: bool, old: Node | None) -> None:
+        found = self.watches.above(path) if subtree and path[:1] != b"@" else self.watches.exactly(path)
+        allowed: dict[Connection, bool] = {}
+        for watch in found:
+            conn = watch.conn
+            permitted = allowed.get(conn)
+            if permitted is None:
+                permitted = allowed[conn] = conn.privileged or self._may_see(conn, path, old)
+            if permitted:
+                conn.event(path[watch.strip :], watch.token)
+
+    def _may_see(self, conn: Connection, path: bytes, old: Node | None) -> bool:
+        """The node, as it is or was, or its parent is readable (XSA-115); a special one by its own permissions."""
+        nodes = [old, self.tree.get(path)]
+        if path[:1] != b"@":
+            nodes.append(self.tree.get(wire.parent_of(path)))
+        return any(node is not None and conn.rights(node.perms) & wire.PERM_READ for node in nodes)
+
+    # ---- the whole of it
+
+    def check(self) -> list[str]:
+        """Faults of the tree and of the accounts; [] when all is well."""
+        faults = []
+        owned: dict[int, int] = {}
+        count = 0
+        for path, node in self._everything():
+            count += 1
+            owned[node.owner] = owned.get(node.owner, 0) + 1
+            faults += [
+                f"{path!r}: domain {domid} does not know of it"
+                for domid, _ in node.perms
+                if domid and (domid not in self.domains or path not in self.domains[domid].named)
+            ]
+        if count != len(self.tree):
+            faults.append(f"{len(self.tree)} nodes, {count} are reachable")
+        faults += [
+            f"domain {domid}: {domain.owned} nodes counted, {owned.get(domid, 0)} are there"
+            for domid, domain in self.domains.items()
+            if domid and domain.owned != owned.get(domid, 0)
+        ]
+        return faults
+
+    def _everything(self) -> Iterator[tuple[bytes, Node]]:
+        yield from self.tree.walk()
+        for path in (INTRODUCED, RELEASED):
+            node = self.tree.get(path)
+            if node is not None:
+                yield path, node

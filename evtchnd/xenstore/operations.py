@@ -1,0 +1,406 @@
+"""What each request means: one small function an operation; the table at the end is the dispatch and the list.
+
+    conn = store.connect(7)
+    handle(store, conn, op, req_id, tx_id, payload)
+
+The reply and all events are queued in connections when it returns; `store.ready` tells in which. Errors and corner
+cases are those of the C server (tools/xenstored of Xen 4.17 and later).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
+
+from . import wire
+from .quota import Connection
+from .store import XenStore
+from .tree import CHILDREN, PERMS, VALUE, Node, Transaction
+from .watches import Watch
+from .wire import Op, XenStoreError
+
+log = logging.getLogger(__name__)
+
+_OK = b"OK\0"
+# /local/domain/0/backend/<kind>/<domid>/<device>
+_DEVICE_DEPTH = 7
+
+
+class Request(NamedTuple):
+    """One request, with the view of the store that it sees: a transaction's or `store.now`."""
+
+    store: XenStore
+    conn: Connection
+    view: Transaction
+    payload: bytes
+    op: int
+    req_id: int
+    tx_id: int
+
+
+Handler = Callable[[Request], bytes | None]
+
+
+def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
+    """Serve one request. Never raises for what a client sends."""
+    now = store.now
+    try:
+        handler, flags = _OPERATIONS.get(op, _UNKNOWN)
+        if flags & _TOOLS and (conn.domid != 0 or conn.confine is not None):
+            raise XenStoreError("EACCES", "for domain 0's tools")
+        view = now if tx_id == 0 or flags & _NO_TX else conn.transactions.get(tx_id)
+        if view is None:
+            raise XenStoreError("ENOENT", f"no transaction {tx_id}")
+        request = Request(store, conn, view, payload, op, req_id, tx_id)
+        body = handler(request)
+        if now.events or now.changes:
+            store.publish(now)
+        quotas, touched = conn.quotas, view.touched
+        if quotas is not None and touched is not None and len(touched) > quotas.transaction_nodes:
+            view.failed = True
+            _refuse(request, "transaction_nodes", len(touched), quotas.transaction_nodes)
+    except XenStoreError as error:
+        store.forget()
+        conn.reply(Op.ERROR, req_id, tx_id, error.name.encode() + b"\0")
+    except Exception:
+        # A defect of ours that one client's request has found: it must not end what serves all the others
+        log.exception("domain %d: xenstore: operation %d failed", conn.domid, op)
+        store.forget()
+        conn.reply(Op.ERROR, req_id, tx_id, b"EIO\0")
+    else:
+        if body is not None:
+            conn.reply(op, req_id, tx_id, body)
+
+
+def _refuse(request: Request, quota: str, value: int, limit: int) -> NoReturn:
+    name = Op(request.op).name
+    request.store.refusals.note(request.conn.domid, name, quota, value, limit)
+    raise XenStoreError("ENOSPC", f"quota {quota}")
+
+
+# ---- finding nodes
+
+
+def _path(request: Request, text: bytes, *, special: bool = False, write: bool = False) -> bytes:
+    conn = request.conn
+    quota = wire.ABS_PATH_MAX if conn.quotas is None else conn.quotas.path_bytes
+    path = wire.canonical(text, conn.home, special=special, quota=quota)
+    if conn.confine is not None and not (conn.may_write(path) if write else conn.may_read(path)):
+        raise XenStoreError("EACCES", "not what this worker serves")
+    return path
+
+
+def _find(request: Request, path: bytes, want: int, what: int) -> Node | None:
+    """The node at `path`; None if it is missing and the client may know. EACCES where it may not know either way."""
+    conn, view = request.conn, request.view
+    node = view.get(path, what | PERMS)
+    if node is not None:
+        if conn.rights(node.perms) & want != want:
+            raise XenStoreError("EACCES")
+        return node
+    if path[:1] != b"@":
+        above = path
+        parent = None
+        while parent is None:
+            above = wire.parent_of(above)
+            parent = view.get(above, PERMS)
+        if not conn.rights(parent.perms) & want:
+            raise XenStoreError("EACCES")
+    return None
+
+
+def _readable(request: Request, text: bytes, what: int, *, special: bool = False) -> Node:
+    node = _find(request, _path(request, text, special=special), wire.PERM_READ, what)
+    if node is None:
+        raise XenStoreError("ENOENT")
+    return node
+
+
+def _check_size(request: Request, path: bytes, value: bytes, perms: wire.Perms) -> None:
+    quotas = request.conn.quotas
+    if quotas is not None:
+        size = len(path) + len(value) + 4 * len(perms)
+        if size > quotas.node_bytes:
+            _refuse(request, "node_bytes", size, quotas.node_bytes)
+
+
+def _create(request: Request, path: bytes, value: bytes) -> None:
+    """A node that is not there, and what is missing above it.
+
+    Permissions are those of the nearest node above; a guest owns what it makes.
+    """
+    store, conn, view = request.store, request.conn, request.view
+    missing = []
+    above = path
+    while (parent := view.get(above, PERMS)) is None:
+        missing.append(above)
+        above = wire.parent_of(above)
+    if conn.confine is not None and above.count(b"/") < _DEVICE_DEPTH:
+        # A worker that is late: its toolstack has removed the device, it shall not come back as a stump
+        raise XenStoreError("ENOENT", "the device was removed")
+    perms = parent.perms if conn.privileged else ((conn.domid, parent.perms[0][1]), *parent.perms[1:])
+    _check_size(request, path, value, perms)
+    if not conn.privileged:
+        limit = conn.domain.quotas.nodes
+        count = conn.domain.owned + view.growth.get(conn.domid, 0) + len(missing)
+        if count > limit:
+            _refuse(request, "nodes", count, limit)
+    for above in reversed(missing[1:]):
+        view.create(above, b"", perms, store.tick())
+    view.create(path, value, perms, store.tick())
+
+
+# ---- nodes
+
+
+def _read(request: Request) -> bytes:
+    return _readable(request, wire.one_string(request.payload), VALUE).value
+
+
+def _directory(request: Request) -> bytes:
+    names = _readable(request, wire.one_string(request.payload), CHILDREN).names()
+    return b"\0".join([*names, b""]) if names else b""
+
+
+def _directory_part(request: Request) -> bytes:
+    """path, offset -> the node's generation, then names from that byte offset; an empty name ends the list."""
+    texts = wire.strings(request.payload)
+    if len(texts) != 2:
+        raise XenStoreError("EINVAL")
+    node = _readable(request, texts[0], CHILDREN)
+    offset = wire.number(texts[1], 0xFFFFFFFF)
+    names = b"".join([name + b"\0" for name in node.names()])
+    head = b"%d\0" % node.generation
+    room = wire.PAYLOAD_MAX - len(head) - 1
+    if len(names) - offset <= room:
+        return head + names[offset:] + b"\0"
+    return head + names[offset : names.rfind(b"\0", offset, offset + room) + 1]
+
+
+def _get_perms(request: Request) -> bytes:
+    node = _readable(request, wire.one_string(request.payload), PERMS, special=True)
+    return b"".join([text + b"\0" for text in wire.format_perms(node.perms)])
+
+
+def _write(request: Request) -> bytes:
+    payload, view = request.payload, request.view
+    end = payload.find(b"\0")
+    if end < 0:
+        raise XenStoreError("EINVAL")
+    path, value = _path(request, payload[:end], write=True), payload[end + 1 :]
+    node = _find(request, path, wire.PERM_WRITE, VALUE)
+    if node is None:
+        _create(request, path, value)
+    else:
+        _check_size(request, path, value, node.perms)
+        view.update(path, node, value, node.perms, request.store.tick())
+    # The same value again fires, too: that is how a backend tells that a disk was resized
+    view.fire(path)
+    return _OK
+
+
+def _mkdir(request: Request) -> bytes:
+    path = _path(request, wire.one_string(request.payload), write=True)
+    if _find(request, path, wire.PERM_WRITE, PERMS) is None:
+        _create(request, path, b"")
+        request.view.fire(path)
+    return _OK
+
+
+def _rm(request: Request) -> bytes:
+    path = _path(request, wire.one_string(request.payload), write=True)
+    if _find(request, path, wire.PERM_WRITE, PERMS) is None:
+        if request.view.get(wire.parent_of(path), PERMS) is None:
+            raise XenStoreError("ENOENT")
+    elif path == b"/":
+        raise XenStoreError("EINVAL")
+    else:
+        request.view.remove(path, request.store.tick())
+    return _OK
+
+
+def _set_perms(request: Request) -> bytes:
+    store, conn = request.store, request.conn
+    texts = wire.strings(request.payload)
+    if len(texts) < 2:
+        raise XenStoreError("EINVAL")
+    if conn.quotas is not None and len(texts) - 1 > conn.quotas.permissions:
+        _refuse(request, "permissions", len(texts) - 1, conn.quotas.permissions)
+    perms = wire.parse_perms(texts[1:])
+    path = _path(request, texts[0], special=True, write=True)
+    if conn.confine is not None:
+        raise XenStoreError("EACCES", "permissions are the toolstack's")
+    node = _find(request, path, wire.PERM_WRITE | wire.PERM_OWNER, PERMS)
+    if node is None:
+        raise XenStoreError("ENOENT")
+    if not conn.privileged:
+        if perms[0][0] != node.owner:
+            raise XenStoreError("EPERM", "only domain 0 gives nodes away")
+        # What a guest grants to a domain that is not there is nobody's: not its next owner's either (XSA-322)
+        perms = (perms[0], *[entry if store.exists(entry[0]) else (entry[0], 0) for entry in perms[1:]])
+    _check_size(request, path, node.value, perms)
+    request.view.update(path, node, node.value, perms, store.tick())
+    request.view.fire(path)
+    return _OK
+
+
+# ---- watches and transactions
+
+
+def _watch(request: Request) -> None:
+    store, conn = request.store, request.conn
+    texts = wire.strings(request.payload)
+    if len(texts) not in (2, 3):
+        raise XenStoreError("EINVAL")
+    depth = wire.number(texts[2], 0x7FFFFFFF) if len(texts) == 3 else None
+    path, token = _path(request, texts[0], special=True), texts[1]
+    if (path, token) in conn.watches:
+        raise XenStoreError("EEXIST")
+    if conn.quotas is not None and len(conn.watches) >= conn.quotas.watches:
+        _refuse(request, "watches", len(conn.watches) + 1, conn.quotas.watches)
+    relative = texts[0][:1] not in (b"/", b"@")
+    watch = Watch(conn, path, token, len(conn.home) + 1 if relative else 0, depth)
+    store.add_watch(watch)
+    # The reply first, then one event: clients take their first look at the node for it
+    conn.reply(request.op, request.req_id, request.tx_id, _OK)
+    conn.event(path[watch.strip :], token)
+
+
+def _unwatch(request: Request) -> bytes:
+    texts = wire.strings(request.payload)
+    if len(texts) != 2:
+        raise XenStoreError("EINVAL")
+    request.store.remove_watch(request.conn, _path(request, texts[0], special=True), texts[1])
+    return _OK
+
+
+def _reset_watches(request: Request) -> bytes:
+    request.store.reset_watches(request.conn)
+    return _OK
+
+
+def _transaction_start(request: Request) -> bytes:
+    store, conn = request.store, request.conn
+    if request.view is not store.now:
+        raise XenStoreError("EBUSY", "transactions do not nest")
+    if conn.quotas is not None and len(conn.transactions) >= conn.quotas.transactions:
+        _refuse(request, "transactions", len(conn.transactions) + 1, conn.quotas.transactions)
+    tx_id = conn.new_tx_id()
+    conn.transactions[tx_id] = Transaction(store.tree, record=True)
+    return b"%d\0" % tx_id
+
+
+def _transaction_end(request: Request) -> bytes:
+    store, conn, view = request.store, request.conn, request.view
+    verdict = wire.one_string(request.payload)
+    if verdict not in (b"T", b"F"):
+        raise XenStoreError("EINVAL")
+    if view is store.now:
+        raise XenStoreError("ENOENT", "no transaction")
+    del conn.transactions[request.tx_id]
+    if verdict == b"F":
+        return _OK
+    if view.failed:
+        raise XenStoreError("ENOMEM", "an operation of the transaction was refused")
+    if view.conflicts(store.tree):
+        raise XenStoreError("EAGAIN")
+    growth = view.growth.get(conn.domid, 0)
+    if not conn.privileged and growth > 0 and conn.domain.owned + growth > conn.domain.quotas.nodes:
+        _refuse(request, "nodes", conn.domain.owned + growth, conn.domain.quotas.nodes)
+    store.publish(view)
+    return _OK
+
+
+# ---- domains
+
+
+def _known(store: XenStore, text: bytes) -> int:
+    domid = wire.number(text, 0xFFFF)
+    if domid == 0:
+        raise XenStoreError("EINVAL")
+    if not store.exists(domid):
+        raise XenStoreError("ENOENT")
+    return domid
+
+
+def _introduce(request: Request) -> bytes:
+    """A guest's page comes from its VMM; a tool can only tell again of a domain that is there, as on resume."""
+    texts = wire.strings(request.payload)
+    if len(texts) < 3:
+        raise XenStoreError("EINVAL")
+    domid = wire.number(texts[0], 0xFFFF)
+    if domid == 0 or not request.store.exists(domid):
+        raise XenStoreError("EINVAL", "a domain's VMM introduces it")
+    request.store.introduce(domid)
+    return _OK
+
+
+def _release(request: Request) -> bytes:
+    request.store.release(_known(request.store, wire.one_string(request.payload)))
+    return _OK
+
+
+def _resume(request: Request) -> bytes:
+    _known(request.store, wire.one_string(request.payload))
+    return _OK
+
+
+def _get_domain_path(request: Request) -> bytes:
+    return b"/local/domain/%d\0" % wire.number(wire.one_string(request.payload), 0xFFFF)
+
+
+def _is_domain_introduced(request: Request) -> bytes:
+    return b"T\0" if request.store.exists(wire.number(wire.one_string(request.payload), 0xFFFF)) else b"F\0"
+
+
+def _set_target(request: Request) -> bytes:
+    texts = wire.strings(request.payload)
+    if len(texts) != 2:
+        raise XenStoreError("EINVAL")
+    domid, target = (_known(request.store, text) for text in texts)
+    request.store.domains[domid].target = target
+    return _OK
+
+
+def _control(request: Request) -> bytes:
+    command = wire.strings(request.payload)
+    if command == [b"help"]:
+        return b"check\nhelp\0"
+    if command != [b"check"]:
+        raise XenStoreError("EINVAL")
+    faults = request.store.check()
+    for fault in faults:
+        log.error("xenstore: check: %s", fault)
+    return b"%d faults, see the log\0" % len(faults) if faults else _OK
+
+
+def _unknown(request: Request) -> NoReturn:
+    raise XenStoreError("ENOSYS", f"operation {request.op}")
+
+
+_NO_TX = 1  # the request's transaction id is not looked at
+_TOOLS = 2  # domain 0 only, and not a worker
+_UNKNOWN: tuple[Handler, int] = (_unknown, _NO_TX)
+_OPERATIONS: dict[int, tuple[Handler, int]] = {
+    Op.CONTROL: (_control, _TOOLS),
+    Op.DIRECTORY: (_directory, 0),
+    Op.READ: (_read, 0),
+    Op.GET_PERMS: (_get_perms, 0),
+    Op.WATCH: (_watch, _NO_TX),
+    Op.UNWATCH: (_unwatch, _NO_TX),
+    Op.TRANSACTION_START: (_transaction_start, 0),
+    Op.TRANSACTION_END: (_transaction_end, 0),
+    Op.INTRODUCE: (_introduce, _TOOLS),
+    Op.RELEASE: (_release, _TOOLS),
+    Op.GET_DOMAIN_PATH: (_get_domain_path, 0),
+    Op.WRITE: (_write, 0),
+    Op.MKDIR: (_mkdir, 0),
+    Op.RM: (_rm, 0),
+    Op.SET_PERMS: (_set_perms, 0),
+    Op.IS_DOMAIN_INTRODUCED: (_is_domain_introduced, _TOOLS),
+    Op.RESUME: (_resume, _TOOLS),
+    Op.SET_TARGET: (_set_target, _TOOLS),
+    Op.RESET_WATCHES: (_reset_watches, 0),
+    Op.DIRECTORY_PART: (_directory_part, 0),
+}

@@ -1,0 +1,220 @@
+"""The store's clients and what each may hold: connections, domains, quotas.
+
+Nobody is refused in silence: every refusal is counted with domid and quota, and logged, once a second at most for each.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import wire
+from .tree import Transaction
+from .watches import Watch
+from .wire import Op
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quotas:
+    """Limits of one guest: the C server's defaults. Domain 0 has none; a worker has those that count by connection."""
+
+    nodes: int = 1000
+    watches: int = 128
+    # Replies that the client has not taken: it is not listened to meanwhile (XSA-326)
+    outstanding: int = 20
+    transactions: int = 10
+    # A transaction's nodes, read or written
+    transaction_nodes: int = 1024
+    permissions: int = 5
+    # Without /local/domain/<domid>/
+    path_bytes: int = 2048
+    # Name, value and permissions
+    node_bytes: int = 2048
+    # Watch events that wait for the client; beyond it they are dropped, as the C server does
+    memory_bytes: int = 2_621_440
+    # A client that takes nothing for so long while events wait is disconnected
+    unread_s: float = 20.0
+
+
+# A tool of domain 0 that reads nothing is disconnected at so many bytes: 10,000 devices' worth of events
+PRIVILEGED_OUT_MAX = 16 << 20
+
+
+class Refusals:
+    """Counts what quotas refuse, and says it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._said: dict[tuple[int, str], float] = {}
+        self.counts: dict[tuple[int, str], int] = {}
+
+    def note(self, domid: int, operation: str, quota: str, value: int, limit: int) -> None:
+        """One refusal of `operation`: `value` is above `limit`."""
+        key = domid, quota
+        self.counts[key] = self.counts.get(key, 0) + 1
+        now = self._clock()
+        if now - self._said.get(key, float("-inf")) >= 1.0:
+            self._said[key] = now
+            log.warning(
+                "domain %d: xenstore: %s refused: quota %s: %d, limit %d (%d refusals so far)",
+                *(domid, operation, quota, value, limit, self.counts[key]),
+            )
+
+    def forget(self, domid: int) -> None:
+        """The domain is gone."""
+        for table in (self._said, self.counts):
+            for key in [key for key in table if key[0] == domid]:
+                del table[key]
+
+
+class Domain:
+    """A domain as the store knows it. `named`: paths of nodes whose permissions name it; `owned`: how many it owns."""
+
+    __slots__ = ("connections", "domid", "introduced", "named", "owned", "quotas", "target")
+
+    def __init__(self, domid: int, quotas: Quotas) -> None:
+        self.domid = domid
+        self.introduced = domid == 0
+        self.target: int | None = None
+        self.owned = 0
+        self.named: set[bytes] = set()
+        self.connections = 0
+        self.quotas = quotas
+
+    @property
+    def idle(self) -> bool:
+        """Nothing refers to it."""
+        return not (self.introduced or self.connections or self.named)
+
+
+class Connection:
+    """One client: its watches, open transactions and what waits to be sent to it.
+
+    `confine`: the guest that a worker serves; see server.Server.attach_socket.
+    `ready` is the store's list of connections with something new to send. The transport sets `flush` (send what waits)
+    and `on_close` (end, with the reason).
+    """
+
+    __slots__ = (
+        *(
+            "_readable",
+            "_writable",
+            "confine",
+            "domain",
+            "domid",
+            "flush",
+            "home",
+            "next_tx",
+            "on_close",
+            "out",
+            "out_bytes",
+        ),
+        *("overflowed", "privileged", "quotas", "ready", "refusals", "replies", "transactions", "unread", "watches"),
+    )
+
+    def __init__(
+        self, domain: Domain, ready: dict[Connection, None], refusals: Refusals, *, confine: int | None = None
+    ) -> None:
+        self.domain = domain
+        self.domid = domain.domid
+        self.privileged = domain.domid == 0
+        self.confine = confine
+        self.home = b"/local/domain/%d" % domain.domid
+        # None: no quotas
+        self.quotas = None if self.privileged and confine is None else domain.quotas
+        self.watches: dict[tuple[bytes, bytes], Watch] = {}
+        self.transactions: dict[int, Transaction] = {}
+        self.next_tx = 1
+        self.out: deque[bytes] = deque()
+        self.out_bytes = 0
+        self.replies = 0
+        self.unread: set[bytes] = set()
+        self.ready = ready
+        self.on_close: Callable[[str], None] | None = None
+        self.flush: Callable[[], None] | None = None
+        self.overflowed = False
+        self.refusals = refusals
+        if confine is not None:
+            backends = rb"/local/domain/0/backend/[^/]+/%d" % confine
+            self._readable = re.compile(rb"(?:%b|/local/domain/%d)(?:/.*)?" % (backends, confine))
+            self._writable = re.compile(rb"%b/[^/]+/(?!params(?:/|\Z)).+" % backends)
+
+    def may_read(self, path: bytes) -> bool:
+        return self.confine is None or self._readable.fullmatch(path) is not None
+
+    def may_write(self, path: bytes) -> bool:
+        return self.confine is None or self._writable.fullmatch(path) is not None
+
+    def rights(self, perms: wire.Perms) -> int:
+        """What the client may do with a node of these permissions: a mask of wire.PERM_*."""
+        if self.privileged:
+            return wire.PERM_ALL
+        domid, target = self.domid, self.domain.target
+        if perms[0][0] == domid or perms[0][0] == target:
+            return wire.PERM_ALL
+        for who, mask in perms[1:]:
+            if who in (domid, target):
+                return mask
+        return perms[0][1]
+
+    def reply(self, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
+        """Queue a reply; one that is too long becomes E2BIG (XSA-72)."""
+        if len(payload) > wire.PAYLOAD_MAX:
+            op, payload = Op.ERROR, b"E2BIG\0"
+        self.out.append(wire.pack(op, req_id, tx_id, payload))
+        self.out_bytes += wire.HEADER_SIZE + len(payload)
+        self.replies += 1
+        self.ready[self] = None
+
+    def event(self, path: bytes, token: bytes) -> None:
+        """Queue a watch event, unless the same one waits already (special ones name no domain: each of them counts)."""
+        payload = b"%b\0%b\0" % (path, token)
+        size = wire.HEADER_SIZE + len(payload)
+        if len(payload) > wire.PAYLOAD_MAX or (path[:1] != b"@" and payload in self.unread):
+            return
+        limit = PRIVILEGED_OUT_MAX if self.quotas is None else self.quotas.memory_bytes
+        if self.out_bytes + size > limit:
+            self.refusals.note(self.domid, "WATCH_EVENT", "memory", self.out_bytes + size, limit)
+            # A domain-0 tool would wait for ever for what was dropped
+            self.overflowed = self.overflowed or self.privileged
+            self.ready[self] = None
+            return
+        self.unread.add(payload)
+        self.out.append(wire.pack(Op.WATCH_EVENT, 0, 0, payload))
+        self.out_bytes += size
+        self.ready[self] = None
+
+    def new_tx_id(self) -> int:
+        """A transaction id that is not in use; never 0."""
+        while self.next_tx in self.transactions or self.next_tx == 0:
+            self.next_tx = (self.next_tx + 1) & 0xFFFFFFFF
+        tx_id = self.next_tx
+        self.next_tx = (tx_id + 1) & 0xFFFFFFFF
+        return tx_id
+
+    def clear(self) -> None:
+        """Forget what waits to be sent."""
+        self.out.clear()
+        self.unread.clear()
+        self.out_bytes = self.replies = 0
+
+    def take(self) -> bytes:
+        """The next message to send; IndexError if there is none."""
+        message = self.out.popleft()
+        self.out_bytes -= len(message)
+        if message[0] == Op.WATCH_EVENT:
+            self.unread.discard(message[wire.HEADER_SIZE :])
+        else:
+            self.replies -= 1
+        return message
+
+    @property
+    def busy(self) -> bool:
+        """So much waits to be sent that no request is taken from the client now."""
+        limit = 20 if self.quotas is None else self.quotas.outstanding
+        return self.replies >= limit

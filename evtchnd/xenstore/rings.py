@@ -1,0 +1,188 @@
+"""A guest's XenStore page, served on the loop.
+
+    struct xenstore_domain_interface (io/xs_wire.h)
+       0  req[1024]      2048  req_cons     2056  rsp_cons     2064  server_features    2072  error
+    1024  rsp[1024]      2052  req_prod     2060  rsp_prod     2068  connection
+
+The two streams and their indices are stream.ByteStream's; the three words behind them are used here. A guest kicks
+once for a request that it writes in pieces, and not at all while the server is known to look: so look again until
+nothing is left, and notify once for all that was done (docs/misc/xenstore-ring.txt).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import mmap
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from ..errors import GuestError
+from . import operations, wire
+
+if TYPE_CHECKING:
+    from .server import Server
+
+log = logging.getLogger(__name__)
+
+# Requests of one guest in a row; then the others have their turn
+BATCH = 32
+_FEATURES = wire.FEATURE_RECONNECTION | wire.FEATURE_ERROR | wire.FEATURE_WATCHDEPTH
+_INDICES = range(2048 // 4, 2064 // 4)
+_ONE = (1).to_bytes(8, "little")
+
+
+def _own(fd: int) -> int:
+    """A duplicate that never blocks (the flag is the eventfd's own: its other holders share it)."""
+    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    os.set_blocking(copy, False)
+    return copy
+
+
+class RingConnection:
+    """A guest's ring; see Server.attach_ring."""
+
+    def __init__(self, server: Server, domid: int, page: mmap.mmap | memoryview, kick: int, notify: int) -> None:
+        from ..stream import XENSTORE, ByteStream
+
+        self.domid = domid
+        self.closed = False
+        self.conn = server.store.connect(domid)
+        self.conn.flush = self._flush
+        self.conn.on_close = self._end
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._view = memoryview(page)
+        self._words = self._view.cast("B").cast("I")
+        self._stream = ByteStream(self._view, XENSTORE, side="back")
+        self._parser = wire.Parser()
+        self._sending = b""
+        self._dirty = False  # something was consumed or produced: the guest is notified once
+        self._turn: asyncio.Handle | None = None
+        self._kick = _own(kick)
+        self._notify = _own(notify)
+
+    def start(self) -> None:
+        """Offer the features, then serve; what the guest has written before is served at once."""
+        self._words[wire.RING_ERROR // 4] = 0
+        self._words[wire.RING_FEATURES // 4] = _FEATURES
+        self._loop.add_reader(self._kick, self._kicked)
+        self._turn = self._loop.call_soon(self._pump)
+
+    def _kicked(self) -> None:
+        try:
+            os.read(self._kick, 8)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end(f"event channel: {error.strerror}", wire.ERROR_COMM)
+            return
+        if self._turn is None:
+            self._pump()
+
+    def _pump(self) -> None:
+        self._turn = None
+        try:
+            if self._words[wire.RING_CONNECTION // 4] == wire.RING_RECONNECT:
+                self._reconnect()
+            more = self._serve()
+        except GuestError as error:
+            self._end(str(error), wire.ERROR_RINGIDX)
+        except wire.ProtocolError as error:
+            self._end(str(error), wire.ERROR_PROTO)
+        else:
+            if more:
+                self._turn = self._loop.call_soon(self._pump)
+            self._tell()
+        self._server.flush()
+
+    def _serve(self) -> bool:
+        """True: stopped only to give others their turn."""
+        conn, parser, store = self.conn, self._parser, self._server.store
+        for _ in range(BATCH):
+            self._send()
+            if conn.busy:
+                # Not listened to until it has taken replies; then it kicks
+                return False
+            message = parser.next()
+            if message is None:
+                data = self._stream.read(wire.HEADER_SIZE + wire.PAYLOAD_MAX)
+                if not data:
+                    return False
+                self._dirty = True
+                parser.feed(data)
+                continue
+            operations.handle(store, conn, *message)
+            if self.closed:
+                return False
+        self._send()
+        return True
+
+    def _send(self) -> None:
+        """As much of what waits as the ring has room for."""
+        conn, stream = self.conn, self._stream
+        while self._sending or conn.out:
+            if not self._sending:
+                self._sending = conn.take()
+            done = stream.write(self._sending)
+            if done == 0:
+                self._server.stalls(conn)
+                return
+            self._dirty = True
+            self._server.progress(conn)
+            self._sending = self._sending[done:]
+
+    def _flush(self) -> None:
+        """An event has come up by somebody else's request."""
+        if self._turn is not None or self.closed:
+            return
+        try:
+            self._send()
+        except GuestError as error:
+            self._end(str(error), wire.ERROR_RINGIDX)
+        else:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._dirty and not self.closed:
+            self._dirty = False
+            with suppress(BlockingIOError):  # the counter is full: the guest has not looked yet, and will
+                os.write(self._notify, _ONE)
+
+    def _reconnect(self) -> None:
+        """The guest wants a fresh ring: whatever was under way is dropped, in both directions."""
+        self._server.store.reset(self.conn)
+        self._server.progress(self.conn)
+        self._parser = wire.Parser()
+        self._sending = b""
+        for at in _INDICES:
+            self._words[at] = 0
+        self._words[wire.RING_ERROR // 4] = 0
+        self._stream = type(self._stream)(self._view, XENSTORE, side="back")
+        self._words[wire.RING_CONNECTION // 4] = wire.RING_CONNECTED
+        self._dirty = True
+
+    def _end(self, reason: str, error: int = wire.ERROR_COMM) -> None:
+        if not self.closed:
+            log.warning("domain %d: xenstore ring: %s: not served any more", self.domid, reason)
+            self._words[wire.RING_ERROR // 4] = error
+            self._dirty = True
+            self._tell()
+            self.close()
+
+    def close(self) -> None:
+        """Stop serving the ring; the connection's watches and transactions go. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._kick)
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+        os.close(self._kick)
+        os.close(self._notify)
+        self._words.release()
+        self._view.release()
+        self._server.gone(self.conn)

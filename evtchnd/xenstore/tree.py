@@ -1,0 +1,314 @@
+"""The store's nodes: immutable, in a persistent map from path to node; a transaction keeps its root.
+
+A `Tree` never changes: `tree = tree.update(...)` shares all but some hundred bytes with the one before, so that
+keeping an old root costs nothing. The map goes by the whole path (Python's keyed hash: a guest cannot aim at a bucket),
+so no cost depends on a node's depth, on the number of its siblings or on the size of the store, apart from the depth of
+the map: one level more for 16 times as many nodes.
+
+    Tree -> 16 -> 16 -> ... -> {path: Node} of at most 64      (a tree or a directory of up to 64 is that one dict)
+    Node.children -> the same kind of map, {name: order of creation}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import itemgetter
+from typing import Any, Generic, TypeVar
+
+from . import wire
+
+V = TypeVar("V")
+
+_FANOUT_BITS = 4
+_FANOUT = 1 << _FANOUT_BITS
+_MASK = _FANOUT - 1
+# A copy of a dict this large takes a third of a microsecond, what the levels above it cost together.
+_LEAF_MAX = 64
+# Past this the hash has no bits left: a leaf may grow beyond its size instead.
+_SHIFT_MAX = 60
+
+
+class PMap(Generic[V]):
+    """A persistent map with bytes as keys; `items()` come in no order."""
+
+    __slots__ = ("_count", "_root")
+    _root: Any  # dict of entries, or list of _FANOUT of such; never changed once it is reachable from a map
+    _count: int
+
+    def __init__(self, _root: Any = None, _count: int = 0) -> None:
+        self._root = {} if _root is None else _root
+        self._count = _count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def get(self, key: bytes) -> V | None:
+        node = self._root
+        if type(node) is list:
+            bits = hash(key)
+            while type(node) is list:
+                node = node[bits & _MASK]
+                bits >>= _FANOUT_BITS
+        found: V | None = node.get(key)
+        return found
+
+    def __contains__(self, key: bytes) -> bool:
+        return self.get(key) is not None
+
+    def put(self, key: bytes, value: V) -> PMap[V]:
+        """With `key` set to `value` (not None)."""
+        return PMap(*self._put(key, value))
+
+    def remove(self, key: bytes) -> PMap[V]:
+        """Without `key`; itself if it is not there."""
+        if self.get(key) is None:
+            return self
+        return PMap(*self._remove(key))
+
+    def _put(self, key: bytes, value: V) -> tuple[Any, int]:
+        root = self._root
+        if type(root) is dict:
+            leaf = root.copy()
+            leaf[key] = value
+            return (leaf if len(leaf) <= _LEAF_MAX else _split(leaf, 0)), len(leaf)
+        bits = hash(key)
+        shift = 0
+        root = branch = root.copy()
+        while True:
+            at = bits & _MASK
+            bits >>= _FANOUT_BITS
+            shift += _FANOUT_BITS
+            child = branch[at].copy()
+            branch[at] = child
+            if type(child) is dict:
+                break
+            branch = child
+        before = len(child)
+        child[key] = value
+        count = self._count + len(child) - before
+        if len(child) > _LEAF_MAX and shift < _SHIFT_MAX:
+            branch[at] = _split(child, shift)
+        return root, count
+
+    def _remove(self, key: bytes) -> tuple[Any, int]:
+        # Emptied leaves stay: the map of a store that shrank keeps its levels, 16 small dicts for each
+        node = self._root.copy()
+        root = node
+        bits = hash(key)
+        while type(node) is list:
+            at = bits & _MASK
+            bits >>= _FANOUT_BITS
+            child = node[at].copy()
+            node[at] = child
+            node = child
+        del node[key]
+        if self._count <= _LEAF_MAX // 2 and type(root) is list:
+            root = dict(_entries(root))
+        return root, self._count - 1
+
+    def items(self) -> Iterator[tuple[bytes, V]]:
+        return _entries(self._root)
+
+
+def _split(leaf: dict[bytes, Any], shift: int) -> list[Any]:
+    parts: list[dict[bytes, Any]] = [{} for _ in range(_FANOUT)]
+    for key, value in leaf.items():
+        parts[(hash(key) >> shift) & _MASK][key] = value
+    return list(parts)
+
+
+def _entries(node: Any) -> Iterator[tuple[bytes, Any]]:
+    if type(node) is dict:
+        yield from node.items()
+    else:
+        for child in node:
+            yield from _entries(child)
+
+
+class Node:
+    """One node. Never changed; `generation` is the store's count when this form of it was made."""
+
+    __slots__ = ("children", "generation", "perms", "value")
+
+    def __init__(self, value: bytes, perms: wire.Perms, children: PMap[int] | None, generation: int) -> None:
+        self.value = value
+        self.perms = perms
+        self.children = children
+        self.generation = generation
+
+    @property
+    def owner(self) -> int:
+        return self.perms[0][0]
+
+    def names(self) -> list[bytes]:
+        """The children's names in the order of their creation: Linux numbers its devices by it."""
+        if self.children is None:
+            return []
+        return [name for name, _ in sorted(self.children.items(), key=itemgetter(1))]
+
+
+class Tree(PMap[Node]):
+    """All nodes by path. `/` and the special nodes (`@releaseDomain`) are always there."""
+
+    __slots__ = ()
+
+    @classmethod
+    def empty(cls, perms: wire.Perms, specials: tuple[bytes, ...]) -> Tree:
+        """A tree of `/` alone."""
+        return cls({path: Node(b"", perms, None, 0) for path in (b"/", *specials)}, 1 + len(specials))
+
+    def update(self, path: bytes, value: bytes, perms: wire.Perms, generation: int) -> Tree:
+        """With new content in a node that exists; its children stay."""
+        node = self.get(path)
+        return Tree(*self._put(path, Node(value, perms, None if node is None else node.children, generation)))
+
+    def create(self, path: bytes, value: bytes, perms: wire.Perms, generation: int) -> Tree:
+        """With a new node under a parent that exists."""
+        above = wire.parent_of(path)
+        parent = self.get(above)
+        if parent is None:
+            raise KeyError(above)
+        children = (PMap() if parent.children is None else parent.children).put(
+            path[path.rfind(b"/") + 1 :], generation
+        )
+        tree = Tree(*self._put(path, Node(value, perms, None, generation)))
+        return Tree(*tree._put(above, Node(parent.value, parent.perms, children, generation)))
+
+    def drop(self, path: bytes, generation: int) -> Tree:
+        """Without one node (its children have gone before) and its name in the parent, if that is still there."""
+        tree = Tree(*self._remove(path))
+        above = wire.parent_of(path)
+        parent = tree.get(above)
+        if parent is None or parent.children is None:
+            return tree
+        siblings = parent.children.remove(path[path.rfind(b"/") + 1 :])
+        children = siblings if len(siblings) else None
+        return Tree(*tree._put(above, Node(parent.value, parent.perms, children, generation)))
+
+    def walk(self, path: bytes = b"/") -> Iterator[tuple[bytes, Node]]:
+        """A node and all below it, parents first. Without recursion: a guest may nest 1,000 levels."""
+        pending = [path]
+        while pending:
+            path = pending.pop()
+            node = self.get(path)
+            if node is None:
+                continue
+            yield path, node
+            if node.children is not None:
+                pending.extend(wire.child_of(path, name) for name in reversed(node.names()))
+
+
+# What of a node a transaction has relied on
+VALUE = 1
+PERMS = 2
+CHILDREN = 4
+ALL = VALUE | PERMS | CHILDREN
+
+
+class Transaction:
+    """A view of the store that only its owner changes.
+
+    `base`      the root it started from
+    `tree`      its own root
+    `touched`   path -> what of it was relied on; None: not kept (published at once, nothing can come in between)
+    `changes`   path -> the node as it was in `base` (None: it was not there); in the order of the first change
+    `events`    path -> True: for watches of the path and above it; False: of this path only (below what was removed)
+    `last`      generation of the last removal
+    `growth`    domid -> nodes it owns more (or fewer) than in `base`
+    """
+
+    __slots__ = ("base", "changes", "events", "failed", "growth", "last", "touched", "tree")
+
+    def __init__(self, tree: Tree, *, record: bool) -> None:
+        self.base = tree
+        self.tree = tree
+        self.touched: dict[bytes, int] | None = {} if record else None
+        self.changes: dict[bytes, Node | None] = {}
+        self.events: dict[bytes, bool] = {}
+        self.growth: dict[int, int] = {}
+        self.last = 0
+        self.failed = False
+
+    def touch(self, path: bytes, what: int) -> None:
+        """Remember that the owner relies on `path`."""
+        if self.touched is not None:
+            self.touched[path] = self.touched.get(path, 0) | what
+
+    def get(self, path: bytes, what: int) -> Node | None:
+        """The node, noting what the owner will look at."""
+        if self.touched is not None:
+            self.touched[path] = self.touched.get(path, 0) | what
+        return self.tree.get(path)
+
+    def update(self, path: bytes, node: Node, value: bytes, perms: wire.Perms, generation: int) -> None:
+        """New content for `node`, which is at `path`."""
+        self.changes.setdefault(path, node)
+        if perms is not node.perms and perms[0][0] != node.owner:
+            self._grow(node.owner, -1)
+            self._grow(perms[0][0], 1)
+        self.tree = self.tree.update(path, value, perms, generation)
+
+    def create(self, path: bytes, value: bytes, perms: wire.Perms, generation: int) -> None:
+        """A new node under a parent that exists."""
+        self.changes.setdefault(path, None)
+        self._grow(perms[0][0], 1)
+        self.tree = self.tree.create(path, value, perms, generation)
+
+    def remove(self, path: bytes, generation: int) -> None:
+        """A node and all below it; one event for each."""
+        self.last = generation
+        doomed = list(self.tree.walk(path))
+        for below, node in reversed(doomed):
+            self.touch(below, ALL)
+            self.changes.setdefault(below, node)
+            self._grow(node.owner, -1)
+            self.events.setdefault(below, False)
+            if below != path:
+                # the parent goes, too: no need to unlink
+                self.tree = Tree(*self.tree._remove(below))
+        self.tree = self.tree.drop(path, generation)
+        self.events[path] = True
+
+    def fire(self, path: bytes) -> None:
+        """An event for watches of `path` and above."""
+        self.events[path] = True
+
+    def _grow(self, domid: int, by: int) -> None:
+        self.growth[domid] = self.growth.get(domid, 0) + by
+
+    def conflicts(self, tree: Tree) -> bool:
+        """Has something changed in `tree` that the owner relied on? Per path and part of a node: a sibling is none."""
+        if tree is self.base or self.touched is None:
+            return False
+        for path, what in self.touched.items():
+            then, now = self.base.get(path), tree.get(path)
+            if then is now:
+                continue
+            if then is None or now is None:
+                return True
+            if what & VALUE and then.value != now.value:
+                return True
+            if what & PERMS and then.perms != now.perms:
+                return True
+            if what & CHILDREN and then.children is not now.children:
+                return True
+        return False
+
+    def merged(self, tree: Tree) -> Tree:
+        """`tree` with this transaction's changes; `conflicts(tree)` is False."""
+        if tree is self.base:
+            return self.tree
+        final = {path: self.tree.get(path) for path in self.changes}
+        # By depth, so that parents come before what lies below them; else in the owner's order
+        for path in sorted(final, key=lambda p: p.count(b"/")):
+            node, now = final[path], tree.get(path)
+            if node is None:
+                continue
+            if now is None:
+                tree = tree.create(path, node.value, node.perms, node.generation)
+            elif node.value != now.value or node.perms != now.perms:
+                tree = tree.update(path, node.value, node.perms, node.generation)
+        for path in sorted(final, key=lambda p: -p.count(b"/")):
+            if final[path] is None and tree.get(path) is not None:
+                tree = tree.drop(path, self.last)
+        return tree
