@@ -16,28 +16,32 @@ CORE = Path("evtchnd/_core")
 NOT_COMPILED = {"__init__.py", "nocython.py"}
 
 
+def required() -> bool:
+    return os.environ.get("EVTCHND_REQUIRE_EXT", "0") not in ("", "0")
+
+
 class OptionalBuildExt(build_ext):
     """`Extension(optional=True)` does not survive a missing gcc, so the whole step may fail here."""
 
     def run(self) -> None:
+        inplace = self.inplace  # setuptools forgets it when a compiler fails
         try:
             super().run()
         except Exception as error:  # whatever the tool chain throws: distutils, OSError, Cython's CompileError
-            self._go_on_without(error)
+            self._go_on_without(error, inplace=bool(inplace))
 
     def get_source_files(self) -> list[str]:
         return [str(path) for path in sorted(CORE.iterdir()) if path.suffix in (".py", ".pxd", ".h")]
 
-    def _go_on_without(self, error: Exception) -> None:
-        if os.environ.get("EVTCHND_REQUIRE_EXT", "0") not in ("", "0"):
+    def _go_on_without(self, error: Exception, *, inplace: bool) -> None:
+        if required():
             raise error
         # all or none: the modules are compiled against one another
         for extension in self.extensions:
-            for path in {
-                self.get_ext_fullpath(extension.name),
-                str(Path(self.build_lib) / self.get_ext_filename(extension.name)),
-            }:
-                Path(path).unlink(missing_ok=True)
+            name = self.get_ext_filename(extension.name)
+            Path(self.build_lib, name).unlink(missing_ok=True)
+            if inplace:
+                Path(name).unlink(missing_ok=True)
         self.extensions = []
         reason = str(error).strip().splitlines()
         print(
@@ -55,7 +59,7 @@ def extensions() -> list[Extension]:
             [str(path)],
             include_dirs=[str(CORE)],
             depends=[str(CORE / "words.h"), *map(str, sorted(CORE.glob("*.pxd")))],
-            extra_compile_args=["-O2", "-fno-strict-aliasing"],
+            extra_compile_args=["-O2", "-fno-strict-aliasing", "-Wno-sign-compare"],
         )
         for path in sorted(CORE.glob("*.py"))
         if path.name not in NOT_COMPILED
@@ -63,7 +67,7 @@ def extensions() -> list[Extension]:
     try:
         from Cython.Build import cythonize
     except ImportError:
-        if os.environ.get("EVTCHND_REQUIRE_EXT", "0") not in ("", "0"):
+        if required():
             raise
         print("evtchnd: WARNING: Cython is missing, the core runs as Python (about 5 times slower)", file=sys.stderr)
         return []

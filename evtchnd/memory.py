@@ -112,7 +112,7 @@ class Region(NamedTuple):
 def map_range(fd: int, offset: int, length: int, what: str) -> Region:
     """Map `length` bytes of `fd` shared and writable, kept out of core dumps. The descriptor is not kept.
 
-    mmap.mmap would dup the descriptor for as long as it lives; so it reserves the range, and the memfd is mapped over it.
+    mmap.mmap would dup the descriptor for as long as it lives; so it reserves the range, and the memfd goes over it.
     VmmError where the kernel refuses (a memfd that is read-only or sealed against writing).
     """
     align = os.fstat(fd).st_blksize if is_hugetlb(fd) else PAGE_SIZE
@@ -235,7 +235,7 @@ class GuestMemory(Frames):
         return bytes(data)
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Copy `data` to a guest physical address. GuestError if a frame is in no slot (what precedes it is written)."""
+        """Copy `data` to a guest physical address. GuestError if a frame is in no slot (what is before it is done)."""
         done = 0
         while done < len(data):
             at = gpa + done

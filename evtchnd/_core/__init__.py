@@ -3,7 +3,7 @@
 One source: the modules here are Cython's pure-Python mode. setup.py compiles them where a C compiler is; elsewhere they
 run as they are, about five times slower. `EVTCHND_PURE=1` takes the Python form although the compiled one is there.
 
-words: Mem, Area (raw words) | frames: guest frame -> address | pins: grants | blk: blkif batches
+words: Mem, Area (raw words) | frames: guest frame -> address | pins: grants | req, blk: blkif batches
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class _SourceOnly:
 if os.environ.get("EVTCHND_PURE", "0") not in ("", "0"):
     sys.meta_path.insert(0, _SourceOnly)
 
+from evtchnd._core.blk import BlkRing  # noqa: E402
+from evtchnd._core.req import Req  # noqa: E402
 from evtchnd._core.words import COMPILED, Area, Mem, full_fence  # noqa: E402
 
-__all__ = ["COMPILED", "Area", "Mem", "full_fence"]
+__all__ = ["COMPILED", "Area", "BlkRing", "Mem", "Req", "full_fence"]

@@ -3,9 +3,9 @@
 
     struct grant_entry_v1 { u16 flags; u16 domid; u32 frame; }      8 bytes, 512 in a frame of the table
 
-The word is shared with the guest: it may change between any two looks, so what was checked is what is swapped. After the
-swap GTF_reading or GTF_writing tells the guest to leave the entry alone; the frame is read then, once, and remembered:
-while pins are left nothing in the entry is believed again.
+The word is shared with the guest: it may change between any two looks, so what was checked is what is swapped. After
+the swap GTF_reading or GTF_writing tells the guest to leave the entry alone; the frame is read then, once, and
+remembered: while pins are left nothing in the entry is believed again.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Pins:
         return 0
 
     def mark(self, frame: Mem, gref: int, write: bool, checked: bool) -> int:
-        """Set GTF_reading (and GTF_writing) if the entry still permits it; `checked`: it is pinned, its type is known."""
+        """Set GTF_reading (and GTF_writing) while the entry permits it; `checked`: it is pinned, its type known."""
         word = ld32(frame.p, (gref & 511) << 3)
         for tries in range(5):  # noqa: B007  (TRIES)
             if not checked:

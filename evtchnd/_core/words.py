@@ -2,7 +2,7 @@
 """Raw words in shared memory: loads, stores, a fence, a compare-and-swap; `Mem` and `Area` hold the memory.
 
 One source, two forms. Compiled, the functions below are the inline C of words.h on a `char *`. Run as Python they are
-the `def`s here, and a "pointer" is the Mem itself; its atomics are libatomic's (Python has no fence, no compare-and-swap).
+the `def`s here, and a "pointer" is the Mem itself; its atomics are libatomic's (Python has no compare-and-swap).
 
 Trap: `struct.pack_into` zeroes its target before it writes, so that the other side reads a zero now and then. A word
 that is shared is touched only by `ld32`/`st32`/`cas32`/`and16`, whole.
