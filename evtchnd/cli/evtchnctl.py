@@ -92,8 +92,8 @@ def _block_detach(args: Asked) -> None:
         if args.dry_run:
             devid = diskspec.devid_of(args.device)
             return _say(args, {"domid": domid, "devid": devid}, f"would detach {args.device} ({devid})")
-        gone = client.call("io.evtchnd.BlockDetach", domid=domid, device=args.device)
-    end = "detached; the guest did not let go in time" if gone["forced"] else "detached"
+        gone = client.call("io.evtchnd.BlockDetach", domid=domid, device=args.device, force=args.force)
+    end = "detached by force" if gone["forced"] else "detached"
     return _say(args, gone, f"domain {domid}: {gone['vdev']} ({gone['devid']}): {end}")
 
 
@@ -125,6 +125,7 @@ def _arguments(argv: Sequence[str] | None) -> Asked:
         added.add_argument("domain", metavar="DOM", help="its number or name")
     attach.add_argument("disk", metavar="SPEC", nargs="+", help="vdev=xvda,target=disk.img or file:disk.img,xvda,w")
     detach.add_argument("device", metavar="DEV", help="xvda or 51712")
+    detach.add_argument("--force", action="store_true", help="take it away from a guest that does not let it go")
     return parser.parse_args(argv, Asked(output="text", runtime_dir=None, socket=None, timeout=None))
 
 

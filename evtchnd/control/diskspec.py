@@ -34,8 +34,6 @@ class DiskSpec:
     devid: int  # its number in XenStore, 51712 for xvda
     readonly: bool = False
     cdrom: bool = False
-    discard: bool = True  # offered, where the target can do it
-    direct: bool = False  # opened with O_DIRECT: past the host's page cache
 
     def absolute(self, folder: Path) -> DiskSpec:
         """The same disk with its target seen from `folder` (the client's current one)."""
@@ -43,8 +41,7 @@ class DiskSpec:
 
     def __str__(self) -> str:
         """The canonical string: `parse(str(spec)) == spec`."""
-        words = {"cdrom": self.cdrom, "direct-io-safe": self.direct, "no-discard": not self.discard}
-        flags = "".join(f",{word}" for word, said in words.items() if said)
+        flags = ",cdrom" if self.cdrom else ""
         access = "ro" if self.readonly else "rw"
         return f"format=raw,vdev={self.vdev},access={access}{flags},target={self.target}"
 
@@ -52,7 +49,8 @@ class DiskSpec:
 def parse(text: str) -> DiskSpec:
     """One disk string. OperatorError names the offending word.
 
-    `target=` takes the rest of the string, commas too. backendtype says who else could serve it: accepted, unused.
+    `target=` takes the rest of the string, commas too. direct-io-safe, discard and backendtype say what may be done,
+    and by whom: accepted, and of no consequence (discard is offered where the target can do it).
     """
     said: dict[str, str] = {}
     flags: set[str] = set()
@@ -121,16 +119,14 @@ def _spec(said: dict[str, str], flags: set[str]) -> DiskSpec:
         raise OperatorError(f"'{access}' is no access (ro, rw)")
     if not said.get("target"):
         raise OperatorError("target is missing (target=/path/disk.img)")
-    if {"discard", "no-discard"} <= flags:
-        raise OperatorError("discard and no-discard exclude each other")
+    if "no-discard" in flags:
+        raise OperatorError("no-discard: cannot be had, discard is offered where the target can do it")
     return DiskSpec(
         target=Path(said["target"]),
         vdev=vdev,
         devid=devid_of(vdev),
         readonly=_ACCESS[access] or kind == "cdrom",
         cdrom=kind == "cdrom",
-        discard="no-discard" not in flags,
-        direct="direct-io-safe" in flags,
     )
 
 

@@ -98,6 +98,7 @@ class BlockAttachReply(Struct, frozen=True):
 class BlockDetachCall(Struct, frozen=True, forbid_unknown_fields=True):
     domid: Domid
     device: str
+    force: bool | None = None
 
 
 class BlockDetachReply(Struct, frozen=True):
@@ -154,13 +155,11 @@ class Operator:
         if not spec.target.is_absolute():
             raise OperatorError(f"target '{spec.target}' must be an absolute path: the daemon has its own folder")
         disk = await self._daemon.attach_block(call.domid, spec)
-        log.info("domain %d: vbd %d: attached by the operator: %s", call.domid, spec.devid, spec)
         return _reply(BlockAttachReply, {"disk": disk})
 
     async def _block_detach(self, call: BlockDetachCall) -> BlockDetachReply:
-        gone = _reply(BlockDetachReply, await self._daemon.detach_block(call.domid, call.device))
-        log.info("domain %d: vbd %d: detached by the operator", call.domid, gone.devid)
-        return gone
+        gone = await self._daemon.detach_block(call.domid, call.device, force=bool(call.force))
+        return _reply(BlockDetachReply, gone)
 
 
 def version() -> str:
