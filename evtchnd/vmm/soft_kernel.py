@@ -35,9 +35,10 @@ class _Irq:
     def __init__(self, gsi: int, fd: int) -> None:
         self.gsi = gsi
         self.fd = os.dup(fd)
+        self.bell = -1  # tells the waiting threads that it is gone; an eventfd once there was one
         self.claimed = False
-        self.waiters = 0  # threads that poll the descriptor: it is closed after the last
         self.gone = False
+        self.waiters = 0  # threads that poll the descriptors: they are closed after the last
 
     def drain(self) -> bool:
         """Empties the eventfd; False: there was nothing."""
@@ -46,10 +47,27 @@ class _Irq:
         except BlockingIOError:
             return False
 
-    def close_if_unused(self) -> None:
-        if self.gone and not self.waiters and self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+    def enter(self) -> tuple[int, int]:
+        """One more waiting thread; what it polls."""
+        if self.bell < 0:
+            self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.waiters += 1
+        return self.fd, self.bell
+
+    def leave(self) -> None:
+        self.waiters -= 1
+        if self.gone:
+            self.end()
+
+    def end(self) -> None:
+        """No irqfd any more: closed, by the last waiting thread if there are any."""
+        self.gone = True
+        if self.waiters:
+            signal(self.bell)
+            return
+        for fd in (self.fd, self.bell):
+            if fd >= 0:
+                os.close(fd)
 
 
 class SoftKernel:
@@ -113,10 +131,7 @@ class SoftKernel:
             self._unwatch(irq)
         if irq.drain():
             self._fire(irq)
-        irq.gone = True
-        if irq.waiters:
-            signal(irq.fd)
-        irq.close_if_unused()
+        irq.end()
 
     # ---- events ------------------------------------------------------------------------------------------------
 
@@ -169,13 +184,13 @@ class SoftKernel:
                     self._lock.wait(left)
                     continue
                 self.claim(port)
-                irq.waiters += 1
+                watched = irq.enter()
             poll = select.poll()
-            poll.register(irq.fd, select.POLLIN)
+            for fd in watched:
+                poll.register(fd, select.POLLIN)
             poll.poll(left * 1000)
             with self._lock:
-                irq.waiters -= 1
-                irq.close_if_unused()
+                irq.leave()
 
     def close(self) -> None:
         """Ends the thread and every wait. Without the lock. Can be called twice."""
@@ -187,9 +202,7 @@ class SoftKernel:
         self._thread.join()
         with self._lock:
             for irq in self._irqs.values():
-                irq.gone = True
-                signal(irq.fd)
-                irq.close_if_unused()
+                irq.end()
             self._irqs.clear()
             self._by_fd.clear()
             self._lock.notify_all()
