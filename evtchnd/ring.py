@@ -38,9 +38,7 @@ class RingLayout:
 
     def __post_init__(self) -> None:
         if not 1 <= self.pages <= MAX_PAGES or min(self.req_size, self.rsp_size) < 1 or self.entry_size > PAGE_SIZE / 2:
-            raise ValueError(
-                f"no ring has requests of {self.req_size}, responses of {self.rsp_size}, {self.pages} pages"
-            )
+            raise ValueError(f"no ring has entries of {self.req_size} and {self.rsp_size} bytes, {self.pages} pages")
 
     @property
     def entry_size(self) -> int:

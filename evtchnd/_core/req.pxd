@@ -32,6 +32,6 @@ cdef class Req:
     cpdef Py_ssize_t pwritev(self, int fd, long long offset, int flags=*) except? -4095
     @cython.locals(at=Py_ssize_t, length=uint64_t)
     cpdef object advance(self, uint64_t n)
-    @cython.locals(at=Py_ssize_t, i=int)
+    @cython.locals(at=Py_ssize_t, i=int, p=cython.p_char)
     cpdef list iov(self)
     cdef int alive(self) except -1

@@ -61,7 +61,7 @@ class Req:
             return sys_preadv(fd, self.iov_addr, self.iov_count, offset, flags)  # type: ignore[arg-type]
         with cython.nogil:
             n = sys_preadv(fd, self.iov_addr, self.iov_count, offset, flags)  # type: ignore[arg-type]
-        return n
+        return n  # noqa: RET504  (the GIL is back here)
 
     def pwritev(self, fd: int, offset: int, flags: int = 0) -> int:
         """Guest pages -> file, at byte `offset`; bytes or -errno."""
@@ -72,7 +72,7 @@ class Req:
             return sys_pwritev(fd, self.iov_addr, self.iov_count, offset, flags)  # type: ignore[arg-type]
         with cython.nogil:
             n = sys_pwritev(fd, self.iov_addr, self.iov_count, offset, flags)  # type: ignore[arg-type]
-        return n
+        return n  # noqa: RET504  (the GIL is back here)
 
     def advance(self, n: int) -> None:
         """After a short result of `n` bytes: iov_addr and iov_count then say what is left. ValueError past the end."""
@@ -94,12 +94,11 @@ class Req:
         """What is left, as writable views of the guest's pages. Release them (or drop them) before `done`."""
         self.alive()
         at = self.iov_addr - self.scratch.address if self.iov_count else 0
-        views = []
-        for i in range(self.iov_count):
-            views.append(
-                self.memory.view_at(get64(self.scratch.p, at + 16 * i), get64(self.scratch.p, at + 16 * i + 8))
-            )
-        return views
+        p = self.scratch.p
+        return [
+            self.memory.view_at(get64(p, at + 16 * i), get64(p, at + 16 * i + 8))  # an iovec: base, length
+            for i in range(self.iov_count)
+        ]
 
     def __repr__(self) -> str:
         if self.owner is None:
