@@ -53,13 +53,15 @@ def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, 
         if view is None:
             raise XenStoreError("ENOENT", f"no transaction {tx_id}")
         request = Request(store, conn, view, payload, op, req_id, tx_id)
+        quotas, touched = conn.quotas, view.touched
+        if quotas is not None and touched is not None and len(touched) > quotas.transaction_nodes:
+            # One operation late: so those that fail count, too
+            view.failed = True
+            if op != Op.TRANSACTION_END:
+                _refuse(request, "transaction_nodes", len(touched), quotas.transaction_nodes)
         body = handler(request)
         if now.events or now.changes:
             store.publish(now)
-        quotas, touched = conn.quotas, view.touched
-        if quotas is not None and touched is not None and len(touched) > quotas.transaction_nodes:
-            view.failed = True
-            _refuse(request, "transaction_nodes", len(touched), quotas.transaction_nodes)
     except XenStoreError as error:
         store.forget()
         conn.reply(Op.ERROR, req_id, tx_id, error.name.encode() + b"\0")

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..errors import GuestError
+from ..stream import XENSTORE, XENSTORE_CONNECTION, XENSTORE_ERROR, XENSTORE_FEATURES, ByteStream
 from . import operations, wire
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 # Requests of one guest in a row; then the others have their turn
 BATCH = 32
 _FEATURES = wire.FEATURE_RECONNECTION | wire.FEATURE_ERROR | wire.FEATURE_WATCHDEPTH
-_INDICES = range(2048 // 4, 2064 // 4)
 _ONE = (1).to_bytes(8, "little")
 
 
@@ -45,8 +45,6 @@ class RingConnection:
     """A guest's ring; see Server.attach_ring."""
 
     def __init__(self, server: Server, domid: int, page: mmap.mmap | memoryview, kick: int, notify: int) -> None:
-        from ..stream import XENSTORE, ByteStream
-
         self.domid = domid
         self.closed = False
         self.conn = server.store.connect(domid)
@@ -66,8 +64,8 @@ class RingConnection:
 
     def start(self) -> None:
         """Offer the features, then serve; what the guest has written before is served at once."""
-        self._words[wire.RING_ERROR // 4] = 0
-        self._words[wire.RING_FEATURES // 4] = _FEATURES
+        self._words[XENSTORE_ERROR // 4] = 0
+        self._words[XENSTORE_FEATURES // 4] = _FEATURES
         self._loop.add_reader(self._kick, self._kicked)
         self._turn = self._loop.call_soon(self._pump)
 
@@ -85,7 +83,7 @@ class RingConnection:
     def _pump(self) -> None:
         self._turn = None
         try:
-            if self._words[wire.RING_CONNECTION // 4] == wire.RING_RECONNECT:
+            if self._words[XENSTORE_CONNECTION // 4] == wire.RING_RECONNECT:
                 self._reconnect()
             more = self._serve()
         except GuestError as error:
@@ -128,10 +126,8 @@ class RingConnection:
                 self._sending = conn.take()
             done = stream.write(self._sending)
             if done == 0:
-                self._server.stalls(conn)
                 return
             self._dirty = True
-            self._server.progress(conn)
             self._sending = self._sending[done:]
 
     def _flush(self) -> None:
@@ -154,20 +150,17 @@ class RingConnection:
     def _reconnect(self) -> None:
         """The guest wants a fresh ring: whatever was under way is dropped, in both directions."""
         self._server.store.reset(self.conn)
-        self._server.progress(self.conn)
         self._parser = wire.Parser()
         self._sending = b""
-        for at in _INDICES:
-            self._words[at] = 0
-        self._words[wire.RING_ERROR // 4] = 0
-        self._stream = type(self._stream)(self._view, XENSTORE, side="back")
-        self._words[wire.RING_CONNECTION // 4] = wire.RING_CONNECTED
+        self._stream.reset()
+        self._words[XENSTORE_ERROR // 4] = 0
+        self._words[XENSTORE_CONNECTION // 4] = wire.RING_CONNECTED
         self._dirty = True
 
     def _end(self, reason: str, error: int = wire.ERROR_COMM) -> None:
         if not self.closed:
             log.warning("domain %d: xenstore ring: %s: not served any more", self.domid, reason)
-            self._words[wire.RING_ERROR // 4] = error
+            self._words[XENSTORE_ERROR // 4] = error
             self._dirty = True
             self._tell()
             self.close()
@@ -183,6 +176,7 @@ class RingConnection:
             self._turn = None
         os.close(self._kick)
         os.close(self._notify)
+        self._stream.close()
         self._words.release()
         self._view.release()
         self._server.gone(self.conn)

@@ -2,7 +2,7 @@
 
 Every transport is the same pump: take a bounded number of requests, let the store answer, send what has come up for
 anybody. A client that does not take its replies is not read from; one with much to say is served in turns with the
-others; one that leaves watch events unread for too long is disconnected.
+others. What waits for one client is bounded: quota.Connection.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ BATCH = 32
 HIGH_WATER = 65536
 # Clients of the socket: each costs a descriptor and some KiB; the C server has no limit but RLIMIT_NOFILE
 CLIENTS_MAX = 4096
-_STALL_CHECK_S = 1.0
 
 
 class SocketConnection(asyncio.Protocol):
@@ -96,15 +95,12 @@ class SocketConnection(asyncio.Protocol):
             return
         while conn.out and not self._blocked:
             transport.write(conn.take())
-        if conn.out:
-            self._server.stalls(conn)
 
     def pause_writing(self) -> None:
         self._blocked = True
 
     def resume_writing(self) -> None:
         self._blocked = False
-        self._server.progress(self._conn)
         self.flush()
         if not self._blocked and self._turn is None and self._transport is not None:
             self._turn = asyncio.get_running_loop().call_soon(self._pump)
@@ -137,8 +133,6 @@ class Server(LocalAccess):
         self._listeners: list[asyncio.Server] = []
         self._paths: list[Path] = []
         self._opening: set[asyncio.Task[None]] = set()
-        self._stalled: dict[Connection, float] = {}
-        self._stall_timer: asyncio.TimerHandle | None = None
 
     # ---- transports
 
@@ -204,7 +198,6 @@ class Server(LocalAccess):
     def gone(self, conn: Connection) -> None:
         """A transport has ended."""
         self.connections.pop(conn, None)
-        self.progress(conn)
         self.store.disconnect(conn)
 
     # ---- domains
@@ -243,30 +236,6 @@ class Server(LocalAccess):
             if conn.flush is not None:
                 conn.flush()
 
-    def stalls(self, conn: Connection) -> None:
-        """The client does not take what waits for it."""
-        loop = asyncio.get_running_loop()
-        self._stalled.setdefault(conn, loop.time())
-        if self._stall_timer is None:
-            self._stall_timer = loop.call_later(_STALL_CHECK_S, self._check_stalled)
-
-    def progress(self, conn: Connection) -> None:
-        """The client has taken something."""
-        self._stalled.pop(conn, None)
-
-    def _check_stalled(self) -> None:
-        self._stall_timer = None
-        loop = asyncio.get_running_loop()
-        for conn, since in list(self._stalled.items()):
-            quotas = conn.quotas
-            if not conn.out:
-                del self._stalled[conn]
-            elif quotas is not None and conn.unread and loop.time() - since >= quotas.unread_s and conn.on_close:
-                self.store.refusals.note(conn.domid, "WATCH_EVENT", "unread_s", int(loop.time() - since), 20)
-                conn.on_close(f"watch events unread for {quotas.unread_s:.0f} s")
-        if self._stalled:
-            self._stall_timer = loop.call_later(_STALL_CHECK_S, self._check_stalled)
-
     async def close(self) -> None:
         """Stop listening, close every connection, remove the socket's file. Idempotent."""
         for listener in self._listeners:
@@ -282,6 +251,3 @@ class Server(LocalAccess):
             connection.close()
         while self.connections:
             await asyncio.sleep(0)
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None

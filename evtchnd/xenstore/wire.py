@@ -60,10 +60,8 @@ ERROR_NAMES = (
     *("EBUSY", "EAGAIN", "EISCONN", "E2BIG", "EPERM"),
 )
 
-# The ring page, io/xs_wire.h struct xenstore_domain_interface, behind the two streams and their indices (stream.py).
-RING_FEATURES = 2064
-RING_CONNECTION = 2068
-RING_ERROR = 2072
+# Words of the ring page (io/xs_wire.h struct xenstore_domain_interface; their places are in stream.py): connection,
+# server_features, error
 RING_CONNECTED = 0
 RING_RECONNECT = 1
 FEATURE_RECONNECTION = 1 << 0
