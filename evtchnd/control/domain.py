@@ -105,7 +105,7 @@ class Domain:
 
     def set_ports(self, entries: Iterable[p.PortEntry], fds: Sequence[int]) -> None:
         """Ports that are bound already (RESUME). Takes the descriptors."""
-        self.ports.set({entry.port: (fds[entry.kick_fd_index], fds[entry.notify_fd_index]) for entry in entries})
+        self.ports.resume({entry.port: (fds[entry.kick_fd_index], fds[entry.notify_fd_index]) for entry in entries})
 
     def _check_all(self, entries: Sequence[p.MemoryEntry | p.GrantEntry], fds: Sequence[int]) -> list[Held]:
         try:
@@ -275,11 +275,8 @@ class Domain:
         self.ports.kick(devid)
 
     def port_closed(self, port: int) -> None:
-        """The guest has closed `port` (or all of them); without the XenStore ring's, that ring is not served."""
-        if STORE in self.ports.closed(port) and self._ring is not None:
-            log.info("%s: the guest has closed its XenStore port", self.label)
-            self._ring.close()
-            self._ring = None
+        """As Ports.closed."""
+        self.ports.closed(port)
 
     # ---- disks
 

@@ -39,6 +39,7 @@ class _Port:
         self.owner = owner
         self.kick = kick
         self.notify = notify
+        self.stale = False  # the guest has closed its end; it may bind to ours again
 
     def close(self) -> None:
         transport.close_all({self.kick, self.notify})
@@ -62,7 +63,7 @@ class Ports:
         """A device's ports."""
         return [port for port, each in self._ports.items() if each.owner == owner]
 
-    def set(self, ports: Mapping[int, tuple[int, int]]) -> None:
+    def resume(self, ports: Mapping[int, tuple[int, int]]) -> None:
         """Ports that are bound already: (kick, notify) by number. Takes the descriptors."""
         self._drop(list(self._ports))
         self._ports = {port: _Port(_NOBODY, kick, notify) for port, (kick, notify) in ports.items()}
@@ -74,10 +75,11 @@ class Ports:
         """
         what = f"{self._label}: " + ("xenstore" if owner == STORE else f"device {owner}")
         for port in ports:
-            other = self._ports[port].owner if port in self._ports else _NOBODY
+            known = self._ports.get(port)
+            other = known.owner if known is not None and not known.stale else _NOBODY
             if port in self._binding or other not in (_NOBODY, owner):
                 raise VmmError(f"{what}: port {port} is bound for another device", errno.EBUSY)
-        new = [port for port in dict.fromkeys(ports) if port not in self._ports]
+        new = [port for port in dict.fromkeys(ports) if port not in self._ports or self._ports[port].stale]
         if len(self._ports) + len(self._binding) + len(new) > self._most:
             raise VmmError(f"{what}: {self._most} ports are the limit (limits.ports)", errno.ENOSPC)
         if new:
@@ -104,6 +106,7 @@ class Ports:
         if self._over:
             transport.close_all([*kicks.values(), *notifies.values()])
             raise VmmError(f"{what}: the domain has ended")
+        self._drop([port for port in new if port in self._ports])
         self._ports.update({port: _Port(owner, kicks[port], notifies[port]) for port in new})
 
     def unbind(self, owner: int, ports: Sequence[int]) -> None:
@@ -113,15 +116,15 @@ class Ports:
         if mine and not self._over:
             self._vmm.unbind_ports(mine)
 
-    def closed(self, port: int) -> set[int]:
-        """The guest has closed `port` (or all): what it binds under that number next is another channel.
+    def closed(self, port: int) -> None:
+        """The guest has closed its end of `port` (or of all).
 
-        -> the owners that have lost a port.
+        Ours stays until its device gives it back: the guest may bind to it again, as it does with the XenStore ring's
+        after EVTCHNOP_reset. Asked for anew, the port is another channel.
         """
-        gone = [each for each in (list(self._ports) if port == ALL_PORTS else [port]) if each in self._ports]
-        owners = {self._ports[each].owner for each in gone}
-        self._drop(gone)
-        return owners
+        for each in list(self._ports) if port == ALL_PORTS else [port]:
+            if each in self._ports:
+                self._ports[each].stale = True
 
     def kick(self, owner: int) -> None:
         """Kicks every port of a device, as if its guest had."""
