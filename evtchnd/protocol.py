@@ -171,7 +171,7 @@ def after(state: State, type: Type) -> State:
     """The state once a VMM's request of this type has succeeded. VmmError: it must not be asked in `state`."""
     spec = MESSAGES[type]
     if not spec.vmm:
-        raise VmmError(f"{type.name} is not a VMM's to ask", errno.ENOSYS)
+        raise VmmError(f"{type.name} is not a VMM's to ask", errno.EPROTO)
     if state not in spec.states:
         raise VmmError(f"{type.name} must not come in state {state.name}", errno.EPROTO)
     return _THEN.get(type, state)

@@ -379,7 +379,7 @@ def test_a_question_for_the_daemon_is_refused(start: Start) -> None:
     serve(client, lambda: bool(daemon.answers))
     reply, _ = daemon.answer()
     assert isinstance(reply, p.ErrorReply)
-    assert reply.errno == errno.ENOSYS
+    assert reply.errno == errno.EPROTO
     client.ping()
 
 

@@ -423,7 +423,7 @@ class Client:
             elif isinstance(message, p.UnbindPorts):
                 self._on_unbind(list(message.ports))
             elif not isinstance(message, p.Ping):
-                raise VmmError(f"{message.type.name} is not for a VMM", errno.ENOSYS)
+                raise VmmError(f"{message.type.name} is not for a VMM to answer", errno.EPROTO)
         except (EvtchndError, OSError) as e:
             reply, answer_fds = p.ErrorReply.of(message.type, e), ()
         except Exception as e:

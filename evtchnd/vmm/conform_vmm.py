@@ -172,7 +172,7 @@ class Suite:
 
     def refuses_what_it_does_not_know(self) -> None:
         self.line.refused(raw(999), errnos=[errno.ENOSYS])
-        self.line.refused(raw(p.Type.START), errnos=[errno.ENOSYS])
+        self.line.refused(raw(p.Type.START), errnos=[errno.EPROTO])
         self.line.refused(raw(p.Type.PING, bytes(p.MAX_MESSAGE)), errnos=[errno.EMSGSIZE])
         for wrong in (raw(p.Type.PING, flags=0x8000), raw(p.Type.PING, size=31), raw(p.Type.PING, reserved=b"\1" * 12)):
             self.line.refused(wrong, errnos=[errno.EBADMSG])
