@@ -85,6 +85,7 @@ class JournalHandler(logging.Handler):
 
     def __init__(self, address: str = _JOURNAL) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))
         self._address = address
         self._sock: socket.socket | None = None
         self._pid = 0

@@ -1,0 +1,213 @@
+"""The service under a real systemd, in namespaces of its own: ready, watchdog, stop, restart, descriptor store."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from unit.private import PrivateSystemd, why_not
+
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(300)]
+
+SERVICE = "evtchnd.service"
+SOCKETS = ["evtchnd-vmm.socket", "evtchnd-xenstored.socket", "evtchnd-control.socket"]
+FILES = ["/run/evtchnd/control.sock", "/run/evtchnd/vmm.sock", "/run/evtchnd/xenstored.sock"]
+CTL = [sys.executable, "-m", "evtchnd.cli.evtchnctl"]
+REASON = why_not()
+
+
+@pytest.fixture(scope="module")
+def systemd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateSystemd]:
+    if REASON:
+        pytest.skip(REASON)
+    with PrivateSystemd(tmp_path_factory.mktemp("evtchnd-unit")) as booted:
+        booted.run("systemctl", "start", "systemd-journald.socket")
+        yield booted
+
+
+@pytest.fixture(autouse=True)
+def fresh(systemd: PrivateSystemd) -> Iterator[None]:
+    """Every test starts with the sockets listening and the service stopped."""
+    systemd.run("systemctl", "start", *SOCKETS)
+    yield
+    systemd.run("systemctl", "stop", *SOCKETS, SERVICE)
+    systemd.run("systemctl", "revert", SERVICE, check=False)
+    systemd.run("bash", "-c", "rm -rf /etc/evtchnd /run/units/evtchnd.service.d/test.conf /run/evtchnd/*")
+    systemd.run("systemctl", "daemon-reload")
+    systemd.run("systemctl", "reset-failed")
+
+
+def dropin(systemd: PrivateSystemd, text: str) -> None:
+    script = f"open('/run/units/evtchnd.service.d/test.conf', 'w').write({text!r})"
+    systemd.python(script)
+    systemd.run("systemctl", "daemon-reload")
+
+
+def main_pid(systemd: PrivateSystemd) -> int:
+    return int(systemd.show(SERVICE, "MainPID"))
+
+
+def listing(systemd: PrivateSystemd) -> object:
+    """`evtchnctl list`: the service answers."""
+    return json.loads(systemd.run(*CTL, "list", "-o", "json"))
+
+
+def test_start_returns_when_the_daemon_serves(systemd: PrivateSystemd) -> None:
+    systemd.run("systemctl", "start", SERVICE)
+    assert systemd.show(SERVICE, "ActiveState") == "active"
+    assert systemd.show(SERVICE, "StatusText") == "serving in /run/evtchnd"
+    assert listing(systemd) == []
+    # the xenstore tools' socket answers too
+    assert systemd.run("env", "XENSTORED_PATH=/run/evtchnd/xenstored.sock", "xenstore-list", "/").split()
+
+
+def test_the_first_connection_starts_it(systemd: PrivateSystemd) -> None:
+    assert systemd.show(SERVICE, "ActiveState") == "inactive"
+    assert listing(systemd) == []
+    assert systemd.show(SERVICE, "ActiveState") == "active"
+
+
+def test_it_runs_without_privileges(systemd: PrivateSystemd) -> None:
+    systemd.run("systemctl", "start", SERVICE)
+    pids = systemd.run("cat", f"/sys/fs/cgroup/system.slice/{SERVICE}/cgroup.procs").split()
+    assert len(pids) >= 2, "control plane and zygote"
+    for pid in pids:
+        status = dict(
+            line.split(":\t", 1) for line in systemd.run("cat", f"/proc/{pid}/status").splitlines() if ":\t" in line
+        )
+        assert status["Uid"].split()[0] == systemd.run("id", "-u", "evtchnd").strip()
+        for which in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(status[which], 16) == 0, which
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        limits = systemd.run("cat", f"/proc/{pid}/limits")
+        assert "Max core file size         0" in limits
+
+
+def test_who_may_connect_where(systemd: PrivateSystemd) -> None:
+    said = systemd.run("stat", "-c", "%n %a %U %G", *FILES)
+    assert said.split("\n")[:-1] == [
+        "/run/evtchnd/control.sock 660 root evtchnd-operator",
+        "/run/evtchnd/vmm.sock 660 root evtchnd-vmm",
+        "/run/evtchnd/xenstored.sock 660 root evtchnd-operator",
+    ]
+
+
+def test_stop_ends_all_of_it_in_order(systemd: PrivateSystemd) -> None:
+    systemd.run("systemctl", "start", SERVICE)
+    systemd.run("systemctl", "stop", SERVICE)
+    assert systemd.show(SERVICE, "Result") == "success"
+    assert systemd.show(SERVICE, "ExecMainStatus") == "0"
+    assert systemd.show(SERVICE, "ActiveState") == "inactive"
+    assert not systemd.run("bash", "-c", f"cat /sys/fs/cgroup/system.slice/{SERVICE}/cgroup.procs || true").split()
+    # the sockets are systemd's: who connects now starts it again
+    assert listing(systemd) == []
+
+
+def test_the_watchdog_is_fed_and_bites(systemd: PrivateSystemd) -> None:
+    dropin(systemd, "[Service]\nWatchdogSec=2\nTimeoutAbortSec=5\n")
+    systemd.run("systemctl", "start", SERVICE)
+    first = main_pid(systemd)
+    seen = {systemd.show(SERVICE, "WatchdogTimestampMonotonic")}
+
+    def fed() -> bool:
+        seen.add(systemd.show(SERVICE, "WatchdogTimestampMonotonic"))
+        return len(seen) >= 5  # twice the time after which it would have bitten
+
+    systemd.wait_for(fed)
+    assert (main_pid(systemd), systemd.show(SERVICE, "NRestarts")) == (first, "0")
+    # a loop that stands still
+    systemd.run("kill", "-STOP", str(first))
+    systemd.wait_for(lambda: systemd.show(SERVICE, "NRestarts") == "1")
+    systemd.wait_for(lambda: systemd.show(SERVICE, "ActiveState") == "active")
+    assert main_pid(systemd) != first
+    assert listing(systemd) == []
+    said = systemd.run(
+        "journalctl", "--no-pager", "-o", "cat", f"_SYSTEMD_UNIT={SERVICE}", f"UNIT={SERVICE}", check=False
+    )
+    assert "Traceback" not in said
+
+
+def test_kill_9_is_followed_by_a_start_on_the_same_sockets(systemd: PrivateSystemd) -> None:
+    systemd.run("systemctl", "start", SERVICE)
+    before = main_pid(systemd)
+    inodes = sockets_of(systemd, before)
+    systemd.run("kill", "-KILL", str(before))
+    assert listing(systemd) == []  # waits in the backlog, if it must
+    systemd.wait_for(lambda: main_pid(systemd) not in (0, before))
+    assert inodes <= sockets_of(systemd, main_pid(systemd))
+
+
+def sockets_of(systemd: PrivateSystemd, pid: int) -> set[str]:
+    """Inodes of the listening sockets that a process holds."""
+    script = f"""
+import os
+import sys
+paths = {{line.split()[6] for line in open("/proc/net/unix").read().splitlines()[1:] if "/run/evtchnd/" in line}}
+listening = {{line.split()[6] for line in open("/proc/net/unix").read().splitlines()[1:]
+    if "/run/evtchnd/" in line and line.split()[3] == "00010000"}}
+held = {{os.readlink(f"/proc/{pid}/fd/{{fd}}") for fd in os.listdir("/proc/{pid}/fd")}}
+print(*[inode for inode in listening if f"socket:[{{inode}}]" in held])
+"""
+    return set(systemd.python(script).split())
+
+
+@pytest.mark.parametrize("way", ["kill -9", "restart"])
+def test_the_descriptor_store_keeps_sockets_that_no_unit_has(systemd: PrivateSystemd, way: str) -> None:
+    """Without socket units the daemon makes its sockets, and gives them into systemd's keeping."""
+    systemd.run("systemctl", "stop", *SOCKETS)
+    dropin(systemd, "[Service]\nSockets=\nRestartSec=2s\n")
+    systemd.run("systemctl", "start", SERVICE)
+    assert systemd.show(SERVICE, "NFileDescriptorStore") == "3"
+    before = main_pid(systemd)
+    inodes = sockets_of(systemd, before)
+    assert len(inodes) == 3
+    if way == "restart":
+        systemd.run("systemctl", "restart", SERVICE)
+    else:
+        systemd.run("kill", "-KILL", str(before))
+        systemd.wait_for(lambda: main_pid(systemd) == 0)
+        # nobody is there for two seconds: who connects waits, and is answered
+        assert listing(systemd) == []
+    after = main_pid(systemd)
+    assert after not in (0, before)
+    assert sockets_of(systemd, after) == inodes
+    assert listing(systemd) == []
+    # handed back and not stored twice
+    assert systemd.show(SERVICE, "NFileDescriptorStore") == "3"
+    systemd.run("systemctl", "stop", SERVICE)
+    assert systemd.show(SERVICE, "NFileDescriptorStore") == "0"
+
+
+def test_a_wrong_configuration_is_told_once(systemd: PrivateSystemd) -> None:
+    systemd.python("import os; os.makedirs('/etc/evtchnd'); open('/etc/evtchnd/evtchnd.toml', 'w').write('foo = 1')")
+    systemd.run("systemctl", "start", SERVICE, check=False)
+    systemd.wait_for(lambda: systemd.show(SERVICE, "ActiveState") == "failed")
+    assert systemd.show(SERVICE, "ExecMainStatus") == str(os.EX_CONFIG)
+    assert systemd.show(SERVICE, "NRestarts") == "0"
+    systemd.run("journalctl", "--sync")
+    assert "/etc/evtchnd/evtchnd.toml:foo: no such key" in systemd.run("journalctl", "--no-pager", "-o", "cat")
+
+
+def test_the_journal_has_the_lines_with_their_fields(systemd: PrivateSystemd) -> None:
+    systemd.run("systemctl", "start", SERVICE)
+    systemd.run("journalctl", "--sync")
+    lines = systemd.run("journalctl", "--no-pager", "-o", "json", "SYSLOG_IDENTIFIER=evtchnd", "LOGGER=evtchnd")
+    entries = [json.loads(line) for line in lines.splitlines()]
+    said = [entry for entry in entries if str(entry["MESSAGE"]).endswith("serves in /run/evtchnd")]
+    assert said
+    assert said[-1]["PRIORITY"] == "6"
+    assert said[-1]["_SYSTEMD_UNIT"] == SERVICE
+    assert said[-1]["CODE_FILE"].endswith("__main__.py")
+
+
+def test_a_guest_is_served_within_the_sandbox(systemd: PrivateSystemd) -> None:
+    """A soft guest reads and writes its disk through the hardened service: nothing that it needs is forbidden."""
+    systemd.run("systemctl", "start", SERVICE)
+    systemd.run("bash", "-c", "head -c 1M /dev/urandom > /var/lib/evtchnd/a.img; chown evtchnd: /var/lib/evtchnd/a.img")
+    said = systemd.python((Path(__file__).parent / "guest.py").read_text())
+    assert json.loads(said) == {"read": True, "written": True, "state": "connected"}
