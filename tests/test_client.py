@@ -330,7 +330,7 @@ def test_the_daemons_end_wakes_everybody(start: Start) -> None:
             daemon.sock.shutdown(socket.SHUT_RDWR)
         return None
 
-    client, _, vmm = start(never)
+    client, _, vmm = start(never, timeout=600.0)
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(client.ping) for _ in range(3)]
         jobs.append(pool.submit(client.release))

@@ -457,6 +457,29 @@ class Suite:
                 transport.close_all([*wrong.values(), ends[1]])
             guest.memory().xenstore().start().release()
 
+    def memory_that_cannot_be_written(self) -> None:
+        whole = memfd()
+        wrong = {
+            "read-only": os.open(f"/proc/self/fd/{whole}", os.O_RDONLY | os.O_CLOEXEC),
+            "sealed against writing": memfd(seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE),
+        }
+        try:
+            for what, fd in wrong.items():
+                with self.guest() as guest, self.guest() as late:
+                    try:
+                        guest.served()
+                        guest.line.refused(p.MemoryEntry(3, 0, 0x1000, 8, 0), [fd])
+                        guest.line.refused(p.GrantEntry(3, 0, 0), [fd])
+                        guest.release()
+                        late.register().memory().line.refused(p.XenStore(STORE_PORT, STORE_OFFSET), [fd])
+                        late.line.ask(p.MemoryEntry(3, 0, 0x1000, 8, 0), [fd])
+                        late.line.refused(p.Start())
+                    except CaseFailed as e:
+                        raise type(e)(f"{what}: {e}") from None
+        finally:
+            transport.close_all([whole, *wrong.values()])
+        self.still_there()
+
     def ends_in_the_middle(self) -> None:
         steps: list[Callable[[Guest], object]] = [
             lambda guest: None,
