@@ -65,6 +65,7 @@ cdef class BlkRing:
     cdef int unpin(self, Req req) except -1
     @cython.locals(base=Py_ssize_t)
     cdef int finish(self, Req req, int status) except -1
+    cdef int drop(self, Req req) except -1
     cdef int respond(self, uint32_t index, uint64_t id, int op, int status) except -1
 
     @cython.locals(n=Py_ssize_t, req=Req, out=list)

@@ -497,6 +497,7 @@ class BlkRing:
         self.inflight = 0
         self.area.close()
 
-    def drop(self, req: Req) -> None:
+    def drop(self, req: Req) -> int:
         self.unpin(req)
         req.owner = None
+        return 0
