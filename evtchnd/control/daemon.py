@@ -262,6 +262,8 @@ class Daemon:
     async def _attach_configured(self, domain: Domain, specs: List[DiskSpec]) -> None:
         """The config's disks, before the domain is served. One that cannot be had is missing, with a line."""
         for spec in specs:
+            if spec.devid in domain.disks:  # a second START, or the VMM passed it
+                continue
             try:
                 domain.check_room(spec.devid, spec.vdev)
                 await domain.attach(await self._open(domain, spec))

@@ -216,22 +216,14 @@ class Domain:
     # ---- life
 
     async def start(self) -> None:
-        """Serves the domain. VmmError, HostError: it is not served; `end()` is the caller's."""
+        """Serves the domain. VmmError, HostError: it is not served, and may be started again."""
         if not self.slots:
             raise VmmError(f"{self.label}: START without memory")
-        await self._attach_first()
-        await self.supervisor.start()
-        toolstack.add_domain(self._server, self)
-        if self._page is not None:
-            kick, notify = await self.ports.bind(STORE, [self.store_port])
-            self._server.introduce(self.domid)
-            self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
-        else:
-            self._server.introduce(self.domid)
-        self.running = True
-        for disk in list(self.disks.values()):
-            toolstack.add_disk(self._server, disk)
-            await self.supervisor.attach(disk)
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
         log.info(
             "%s: %s: served: %d MiB, %d vCPUs, worker %s",
             self.label,
@@ -241,17 +233,35 @@ class Domain:
             self.supervisor.pid,
         )
 
+    async def _start(self) -> None:
+        await self._attach_first()
+        await self.supervisor.start()
+        toolstack.add_domain(self._server, self)
+        self._server.introduce(self.domid)
+        if self._page is not None:
+            kick, notify = await self.ports.bind(STORE, [self.store_port])
+            self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
+        self.running = True
+        for disk in list(self.disks.values()):
+            toolstack.add_disk(self._server, disk)
+            await self.supervisor.attach(disk)
+
+    async def _stop(self) -> None:
+        """Ends worker, ring and nodes."""
+        self.running = False
+        await self.supervisor.end()
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            ring.close()
+        self._server.release(self.domid)
+        toolstack.remove_domain(self._server, self.domid, self.uuid)
+
     async def end(self) -> None:
         """Ends worker, ring and nodes, and closes every descriptor. Idempotent."""
         if self._ended:
             return
         self._ended = True
-        self.running = False
-        await self.supervisor.end()
-        if self._ring is not None:
-            self._ring.close()
-        self._server.release(self.domid)
-        toolstack.remove_domain(self._server, self.domid, self.uuid)
+        await self._stop()
         if self._page is not None:
             self._page.close()
         self.ports.close()
