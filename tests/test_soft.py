@@ -560,6 +560,7 @@ class Daemon:
             return
         assert come is not None
         message = come.message
+        self.messages.append(message)
         reply: p.Body = p.Ack(message.type)
         if message.type == self.refuse:
             reply = p.ErrorReply(message.type, errno.EPERM, f"domain 7: no {message.type.name} today")
@@ -583,9 +584,6 @@ class Daemon:
             threading.Thread(target=self._start, args=(come.id, reply)).start()
         else:
             transport.send(self._sock, self._endpoint.answer(come.id, reply))
-        with self._changed:
-            self.messages.append(message)
-            self._changed.notify_all()
 
     def _start(self, id: int, reply: p.Body) -> None:
         if STORE_PORT not in self.ports:
@@ -678,6 +676,26 @@ def test_it_registers_and_gives_its_tables(daemon: Daemon, vmm: SoftVmm) -> None
     assert counter(daemon.kick(STORE_PORT)) == 1, "the backend has to look once"
 
 
+def test_it_conforms(tmp_path: Path) -> None:
+    path = tmp_path / "vmm.sock"
+    arguments = ["--socket", str(path), "--role", "vmm", "--timeout", str(TIMEOUT)]
+    suite = subprocess.Popen(
+        [sys.executable, "-m", "evtchnd.vmm.conformance", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    with suite:
+        vmm = None
+        while vmm is None and suite.poll() is None:  # until it listens
+            with contextlib.suppress(Disconnected):
+                vmm = SoftVmm(path, 7, memory=MEMORY)
+        text, _ = suite.communicate(timeout=4 * TIMEOUT)
+    assert vmm is not None
+    vmm.close()
+    assert suite.returncode == 0, text
+
+
 def test_kicks_and_events(daemon: Daemon, vmm: SoftVmm) -> None:
     port = vmm.alloc_unbound(0)
     assert port == 3
@@ -707,6 +725,7 @@ def test_a_bind_is_all_or_nothing(daemon: Daemon, vmm: SoftVmm) -> None:
     assert answer.errno == errno.EINVAL
     assert f"port {second}: unbound, not unbound for domain 0" in answer.reason
     assert open_fds() == fds
+    vmm.alloc_unbound(0)  # the table goes to the kernel again
     with pytest.raises(HostError, match="has not bound it"):
         vmm.kick_fd(first, timeout=0)
     daemon.bind(first)
@@ -721,8 +740,11 @@ def test_a_closed_port_is_told_before_its_number_is_used_again(daemon: Daemon, v
     assert daemon.closed() == [port]
     assert vmm.alloc_unbound(0) == port
     assert not vmm.wait(port, 0), "the old owner's event"
+    daemon.unbind(port)
+    fds = open_fds()
     daemon.bind(port)
     daemon.unbind(port)
+    assert open_fds() == fds
     with pytest.raises(XenError):
         vmm.send(99)
     vmm.send(port)  # unbound: dropped
@@ -776,12 +798,14 @@ def test_reset_and_the_way_back(daemon: Daemon, vmm: SoftVmm) -> None:
 
 
 def test_reboot_begins_anew(daemon: Daemon, vmm: SoftVmm) -> None:
+    fds = open_fds()
     port = vmm.alloc_unbound(0)
     daemon.bind(port)
     vmm.ram.write(0, b"ram stays")
     vmm.ram.write(vmm.store_gfn * PAGE_SIZE, b"ring")
     daemon.forget()
     vmm.reboot()
+    assert open_fds() == fds
     assert [type(m).__name__ for m in daemon.messages][:3] == ["Release", "Hello", "Register"]
     assert vmm.ram.read(0, 9) == b"ram stays"
     assert vmm.ram.read(vmm.store_gfn * PAGE_SIZE, 4) == bytes(4)

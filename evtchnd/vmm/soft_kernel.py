@@ -121,7 +121,6 @@ class SoftKernel:
             raise
         self._irqs[route.gsi] = irq
         self._by_fd[irq.fd] = irq
-        self._lock.notify_all()  # who waits for the port has an eventfd to poll now
 
     def clear_irq(self, route: Route, fd: int) -> None:
         irq = self._irqs.pop(route.gsi, None)
