@@ -41,6 +41,8 @@ def main() -> None:
         state = "connected" if disk.connected else "not connected"
         disk.disconnect()
         ctl("block-detach", str(DOMID), "xvda")
+        store.close()
+        domain.close()
     json.dump({"read": read, "written": written, "state": state}, sys.stdout)
 
 
