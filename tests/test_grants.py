@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from bareguest import Ram
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from scale import scaled
 
+from bareguest import Ram
 from evtchnd.errors import GuestError, VmmError
 from evtchnd.grants import refuse_version
+from scale import scaled
 
 READING, WRITING, READONLY = 8, 16, 4
 
@@ -194,13 +194,18 @@ class GrantModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ram = Ram()
-        self.entries = {gref: (0, 0, 0) for gref in range(8, 13)}  # type and read-only, domid, gfn
+        self.entries = dict.fromkeys(range(8, 13), (0, 0, 0))  # type and read-only, domid, gfn
         self.held: list[tuple[int, bool, int]] = []
 
     def pins(self, gref: int) -> list[bool]:
         return [write for held, write, _ in self.held if held == gref]
 
-    @rule(gref=grefs, flags=st.sampled_from([0, 1, 1, 1, 5, 2]), domid=st.sampled_from([0, 0, 4]), gfn=st.integers(508, 513))
+    @rule(
+        gref=grefs,
+        flags=st.sampled_from([0, 1, 1, 1, 5, 2]),
+        domid=st.sampled_from([0, 0, 4]),
+        gfn=st.integers(508, 513),
+    )
     def grant(self, gref: int, flags: int, domid: int, gfn: int) -> None:
         if not self.pins(gref):  # an honest guest: it sees the flags
             self.entries[gref] = (flags, domid, gfn)

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bareguest import Blkfront, Ram
 from hypothesis import given
 from hypothesis import strategies as st
-from scale import scaled
 
 import evtchnd._core.blk as blk
+from bareguest import Blkfront, Ram
 from evtchnd._core import COMPILED
 from evtchnd.errors import GuestError, HostError
 from evtchnd.journal import Journal, create
+from scale import scaled
 
 
 @pytest.fixture
@@ -35,7 +35,12 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
         for size in (0, 1 << 20):
             with pytest.raises(PermissionError):
                 seal(fd, size)
-    for at, value, reason in ((0, b"XXXX", "magic"), (4, b"\2", "version 2"), (8, b"\xff", "255 entries"), (12, b"\1", "entries of 1")):
+    for at, value, reason in (
+        (0, b"XXXX", "magic"),
+        (4, b"\2", "version 2"),
+        (8, b"\xff", "255 entries"),
+        (12, b"\1", "entries of 1"),
+    ):
         good = os.pread(fd, 16, 0)
         os.pwrite(fd, value, at)
         with pytest.raises(HostError, match=reason):

@@ -34,7 +34,12 @@ def test_compare_and_swap_only_from_the_expected_word() -> None:
 def test_offsets_are_checked_and_close_gives_the_buffer_back() -> None:
     area = mmap.mmap(-1, 4096)
     mem = Mem(area)
-    for call in (lambda: mem.load(4096), lambda: mem.load(-4), lambda: mem.read(4090, 7), lambda: mem.write(4095, b"12")):
+    for call in (
+        lambda: mem.load(4096),
+        lambda: mem.load(-4),
+        lambda: mem.read(4090, 7),
+        lambda: mem.write(4095, b"12"),
+    ):
         with pytest.raises(IndexError):
             call()
     with pytest.raises(BufferError):
