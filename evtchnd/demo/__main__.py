@@ -213,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     except EvtchndError as exc:
         show.close()
         print(f"demo: {exc}", file=sys.stderr)
+        if demo.processes:
+            print(f"the daemon's log:\n{demo.log_of('evtchnd')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -210,9 +210,9 @@ def main() -> int:
         raise SystemExit(0)
 
     signal.signal(signal.SIGTERM, end)
+    # Not closed at the end: this process ends as a VMM does, and the daemon sees its socket close.
     try:
-        with SoftVmm(arguments.socket, arguments.domid, memory=MEMORY, name="demo") as vm:
-            serve(vm)
+        serve(SoftVmm(arguments.socket, arguments.domid, memory=MEMORY, name="demo"))
     except (EvtchndError, GuestFault, OSError) as exc:
         print(f"guest: {exc}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 from ..errors import HostError
 from . import local, operations, wire
@@ -48,9 +49,8 @@ class SocketConnection(asyncio.Protocol):
         self._turn: asyncio.Handle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError(transport)
-        self._transport = transport
+        # uvloop's transports are no asyncio.Transport by class, only by what they do
+        self._transport = transport = cast("asyncio.Transport", transport)
         transport.set_write_buffer_limits(high=HIGH_WATER)
         self._server.connections[self._conn] = self
         if len(self._server.connections) > CLIENTS_MAX:
