@@ -11,20 +11,23 @@ import fcntl
 import mmap
 import os
 import select
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
 from evtchnd import journal
-from evtchnd.abi import GRANTS_PER_FRAME, PAGE_SIZE
+from evtchnd._core.uring import Uring
+from evtchnd.abi import PAGE_SIZE
 from evtchnd.channel import Poller
+from evtchnd.control.config import Vbd
 from evtchnd.errors import GuestError
 from evtchnd.grants import GrantTable
 from evtchnd.guest.domain import Domain
 from evtchnd.guest.xenstore import XenStore
 from evtchnd.memory import GuestMemory, map_page
-from evtchnd.worker.device import Device, Params, VbdOptions
+from evtchnd.worker.device import Device, Params
 from evtchnd.xenstore.client import Client
 from evtchnd.xenstore.server import Server
 from evtchnd_backends import blkback
@@ -131,8 +134,6 @@ class Host:
 
     async def worker_client(self) -> Client:
         """A worker's connection: domain 0, confined to its guest."""
-        import socket
-
         ours, theirs = socket.socketpair()
         self.server.attach_socket(theirs, confine=self.domid)
         return await Client.from_socket(ours)
@@ -199,14 +200,14 @@ class Host:
         image: str | os.PathLike[str],
         *,
         readonly: bool = False,
-        options: VbdOptions | None = None,
+        options: Vbd | None = None,
         nodes: bool = True,
     ) -> Device:
         """The nodes and the backend's coroutine."""
         if nodes:
             self.write_nodes(devid)
         disk_fd = os.open(image, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
-        options = options or VbdOptions()
+        options = options or Vbd()
         journal_fd = journal.create(512, name=f"vbd-{devid}")
         self._fds += [disk_fd, journal_fd]
         return self.run(devid, disk_fd, journal_fd, readonly=readonly, options=options, connected=None)
@@ -218,13 +219,11 @@ class Host:
         journal_fd: int,
         *,
         readonly: bool,
-        options: VbdOptions,
+        options: Vbd,
         connected: Params | None,
         grants: GrantTable | None = None,
         memory: GuestMemory | None = None,
     ) -> Device:
-        from evtchnd._core.uring import Uring
-
         completions = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         uring = Uring(256, eventfd=completions) if options.engine != "threads" else None
         device = Device(
@@ -282,17 +281,13 @@ class Host:
             raise task.exception() or AssertionError
 
     async def guest(self, body: Callable[[], T]) -> T:
-        """Runs the guest's blocking code in a thread; a backend that ends by an error meanwhile ends this, too."""
-        work = asyncio.ensure_future(asyncio.to_thread(body))
-        tasks = [task for task in self.tasks.values() if not task.done()]
-        while not work.done():
-            await asyncio.wait([work, *tasks], timeout=LONG, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done() and not task.cancelled() and task.exception() is not None:
-                    await asyncio.wait([work])
-                    raise task.exception() or AssertionError
-            tasks = [task for task in tasks if not task.done()]
-        return await work
+        """Runs the guest's blocking code in a thread; the error of a backend that ended meanwhile comes first."""
+        try:
+            return await asyncio.to_thread(body)
+        finally:
+            for task in self.tasks.values():
+                if task.done() and not task.cancelled():
+                    task.result()
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
         """Waits until `condition()`."""
@@ -305,6 +300,3 @@ class Host:
 
 def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-__all__ = ["GRANTS_PER_FRAME", "Host", "LocalVm", "open_fds"]

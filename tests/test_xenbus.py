@@ -133,9 +133,12 @@ async def test_a_device_from_begin_to_end() -> None:
 
 
 async def test_failure_is_one_step() -> None:
-    async with world() as (_, bus):
+    async with world() as (server, bus):
         assert await take(bus) is Step.ANNOUNCE
         await bus.announce({})
+        server.write(f"{FRONT}/state", "3")
+        assert await take(bus) is Step.CONNECT
+        await bus.switch(S.CONNECTED)
         waiting = asyncio.ensure_future(take(bus))
         await asyncio.sleep(0.01)
         assert not waiting.done()

@@ -12,9 +12,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from evtchnd.ring import BlkRing, Req
-
 from evtchnd import xenbus
+from evtchnd._core import BlkRing, Req
 from evtchnd.abi import XenbusState
 from evtchnd.channel import Channel
 from evtchnd.errors import GuestError
@@ -41,10 +40,6 @@ async def run(device: Device) -> None:
     vbd: Vbd | None = None
     totals: Counter[str] = Counter()
 
-    def wake() -> None:
-        if vbd is not None:
-            vbd.wake()
-
     def stats() -> Mapping[str, int]:
         now = Counter(totals)
         if vbd is not None:
@@ -66,7 +61,15 @@ async def run(device: Device) -> None:
             vbd = None
             device.connected_as(None)
 
-    disk = RawDisk(device.disk_fd, readonly=device.readonly, uring=device.uring, wake=wake, direct=device.direct)
+    disk = RawDisk(
+        device.disk_fd,
+        readonly=device.readonly,
+        uring=device.uring,
+        eventfd=device.completions,
+        direct=device.direct,
+        poller=device.poller,
+        name=device.name,
+    )
     device.stats = stats
     bus = xenbus.Backend(device.store, device.name, device.backend_path, device.frontend_path)
     async with bus:
@@ -115,6 +118,7 @@ def features(device: Device, disk: RawDisk) -> dict[str, str]:
         cdrom=device.cdrom,
         max_ring_page_order=device.options.max_ring_page_order,
         max_indirect_segments=device.options.max_indirect_segments,
+        discard=disk.discard,
     )
 
 
@@ -132,7 +136,6 @@ class Vbd:
         self._pump: asyncio.Future[None] | None = None
         self._broken = False
         self._refused = 0
-        self._idle = asyncio.Event()
 
     async def open(self, failed: Callable[[Exception], None], *, again: bool) -> None:
         """Maps the ring, binds the port, serves. `again`: the ring lives, an earlier worker served it.
@@ -161,7 +164,8 @@ class Vbd:
             device.connected_as(where.params())
             replay = ring.attach() if again else []
             channel.watch(ring.pending, ring.arm)
-            self._pump = channel.drive(self._serve(ring, channel, replay))
+            self._pump = channel.drive(self._serve(ring, channel, replay, again=again))
+            self._disk.wake = channel.step
         except BaseException:
             await self.close()
             raise
@@ -173,23 +177,22 @@ class Vbd:
             self._broken = True
             failed(error)
 
-    async def _serve(self, ring: BlkRing, channel: Channel, replay: list[Req]) -> None:
+    async def _serve(self, ring: BlkRing, channel: Channel, replay: list[Req], *, again: bool) -> None:
         """The pump: no wait but the one for work."""
         disk = self._disk
-        # RWF_NOWAIT on an O_DIRECT descriptor "succeeds" and blocks (ext4): then everything goes to the disk's engine
-        inline = not self._device.direct
-        fd = self._device.disk_fd
         for req in replay:
             self._begin(ring, req)
         while True:
             for req, status in disk.finished():
                 ring.done(req, status)
-            for req in ring.run(fd, ring.size) if inline else ring.take(ring.size):
+            for req in ring.run(disk.fd, ring.size) if disk.nowait else ring.take(ring.size):
                 self._begin(ring, req)
             for req, status in disk.finished():  # those that were done at once
                 ring.done(req, status)
-            if ring.push():
+            # an earlier worker may have died between its push and its notification
+            if ring.push() or again:
                 channel.notify()
+                again = False
             await channel.kicked()
 
     def _begin(self, ring: BlkRing, req: Req) -> None:
@@ -200,12 +203,6 @@ class Vbd:
         if self._refused & (self._refused - 1) == 0:  # a guest that sends nothing else must not fill the log
             log.warning("%s: request %d refused: %s (%d so far)", self._device.name, req.id, req.reason, self._refused)
         ring.done(req, req.status)
-
-    def wake(self) -> None:
-        """The disk has finished something."""
-        self._idle.set()
-        if self._channel is not None and not self._channel.closed:
-            self._channel.step()
 
     def counters(self) -> dict[str, int]:
         """Plain integers by name."""
@@ -227,37 +224,36 @@ class Vbd:
             self._pump.cancel()
         ring, channel = self._ring, self._channel
         if ring is not None:
-            drained = await self._drain(ring)
+            await self._drain(ring)
             if not self._broken and ring.push() and channel is not None:
                 channel.notify()
         if channel is not None:
             await self._device.unbind([channel])
-        if ring is not None and not drained:
-            return  # the kernel still moves data: its pages stay pinned
         if ring is not None:
+            if self._disk.inflight:
+                return  # the kernel may still write into these pages: they stay pinned
             ring.close()
         if self._journal is not None:
             self._journal.close()
         for page in self._pages:
             page.close()
 
-    async def _drain(self, ring: BlkRing) -> bool:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + DRAIN_SECONDS
-        while True:
-            self._idle.clear()
-            for req, status in self._disk.finished():
-                ring.done(req, status)
-            if not self._disk.inflight:
-                return True
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self._idle.wait()
-            except TimeoutError:
-                log.error(
-                    "%s: %d requests are still at the disk after %g s: their pages stay the disk's",
-                    self._device.name,
-                    self._disk.inflight,
-                    DRAIN_SECONDS,
-                )
-                return False
+    async def _drain(self, ring: BlkRing) -> None:
+        """Waits for what is at the disk, DRAIN_SECONDS at most, and answers it."""
+        disk, due = self._disk, asyncio.Event()
+        disk.wake = due.set
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while True:
+                    due.clear()
+                    for req, status in disk.finished():
+                        ring.done(req, status)
+                    if not disk.inflight:
+                        return
+                    await due.wait()
+        except TimeoutError:
+            log.error(
+                "%s: let go with %d requests at the disk after %g s", self._device.name, disk.inflight, DRAIN_SECONDS
+            )
+        finally:
+            disk.wake = None

@@ -62,7 +62,6 @@ class _Slot:
         self.table = bytearray()
         self.ident = -1
         self.op = 0
-        self.inner = 0
         self.sector = 0
         self.count = 0
         self.first = 0
@@ -302,7 +301,7 @@ class Blkfront:
         slot = self._idle.pop()
         self._serial += 1
         slot.ident = self._serial
-        slot.op = slot.inner = op
+        slot.op = op
         slot.sector = sector
         slot.count = count
         slot.pages = 0
@@ -331,7 +330,6 @@ class Blkfront:
             entry = self.layout.request_head.pack(op, pages, 0, slot.ident, sector)
             self.ring.request(entry + slot.table[: pages * SEGMENT.size])
         else:
-            slot.op = Op.INDIRECT
             used = -(-pages // SEGMENTS_PER_INDIRECT_PAGE)
             self.ring.request(self.layout.indirect_request(op, slot.ident, sector, pages, slot.table_grefs[:used]))
         return slot.ident
@@ -376,20 +374,20 @@ class Blkfront:
         slot = self._open.pop(ident, None)
         if slot is None:
             raise GuestFault(f"vbd {self.devid}: a response to request {ident}, which is not in flight")
-        if op != slot.op:
+        if op != slot.op:  # of an indirect request: the inner operation, which Linux' blkfront looks at too
             raise GuestFault(f"vbd {self.devid}: request {ident} was operation {slot.op}, the response says {op}")
         for gref in slot.grefs[: slot.pages]:
             # "g.e. still in use!": a response may only be seen when its pages are the guest's again
             if self.domain.in_use(gref):
                 raise GuestFault(f"vbd {self.devid}: request {ident} is answered, its grant {gref} still in use")
         self.responses += 1
-        good = slot.inner == Op.READ and status == Status.OKAY and self._copy
+        good = slot.op == Op.READ and status == Status.OKAY and self._copy
         data = slot.get() if good and slot.pages else b""
         if slot.ragged:
             slot.fill()
             slot.ragged = False
         self._idle.append(slot)
-        return Completion(ident, slot.inner, slot.sector, slot.count, status, data, now - slot.begun)
+        return Completion(ident, slot.op, slot.sector, slot.count, status, data, now - slot.begun)
 
     # ---- one after the other
 

@@ -137,7 +137,7 @@ static struct blkif_request_segment *segments_of(uint32_t slot, struct blkif_req
 }
 
 /* ---- verify */
-struct flight { uint64_t id, block, version; unsigned op, wire_op, pages, first; };
+struct flight { uint64_t id, block, version; unsigned op, pages; };
 
 static int verify(void)
 {
@@ -158,7 +158,7 @@ static int verify(void)
                 memset(request, 0, sizeof *request);
                 request->operation = BLKIF_OP_FLUSH_DISKCACHE;
                 request->id = serial;
-                *f = (struct flight){ .id = serial++, .op = BLKIF_OP_FLUSH_DISKCACHE, .wire_op = BLKIF_OP_FLUSH_DISKCACHE };
+                *f = (struct flight){ .id = serial++, .op = BLKIF_OP_FLUSH_DISKCACHE };
             } else {
                 /* a block is one page; a request covers `pages` of them, none of them in flight already */
                 uint64_t block = rnd() % (blocks - pages + 1);
@@ -166,7 +166,6 @@ static int verify(void)
                 for (i = 0; i < pages && !busy[block + i]; i++);
                 if (i < pages) continue;
                 memset(busy + block, 1, pages);
-                /* a sector range that does not begin or end with a page, for one page only: the model is by block */
                 struct blkif_request_segment *seg = segments_of(slot, request, pages, op, serial, block * 8);
                 uint8_t *at = data + (uint64_t)slot * per_slot * PAGE;
                 for (i = 0; i < pages; i++) {
@@ -180,7 +179,7 @@ static int verify(void)
                 } else {
                     memset(at, 0xee, (size_t)pages * PAGE);
                 }
-                *f = (struct flight){ serial, block, serial, op, request->operation, pages, 0 };
+                *f = (struct flight){ serial, block, serial, op, pages };
                 serial++;
             }
             front.req_prod_pvt++;
@@ -196,8 +195,8 @@ static int verify(void)
             for (uint32_t slot = 0; slot < depth; slot++)
                 if (flight[slot].id && flight[slot].id == response.id) f = &flight[slot];
             if (!f) FAIL("a response to request %lu, which is not in flight", (unsigned long)response.id);
-            if (response.status != BLKIF_RSP_OKAY || response.operation != f->wire_op)
-                FAIL("request %lu op %u: response op %u status %d", f->id, f->wire_op, response.operation, response.status);
+            if (response.status != BLKIF_RSP_OKAY || response.operation != f->op) /* indirect: the inner one */
+                FAIL("request %lu op %u: response op %u status %d", f->id, f->op, response.operation, response.status);
             if (f->op == BLKIF_OP_FLUSH_DISKCACHE) {
                 flushes++;
             } else {
@@ -306,7 +305,7 @@ static int bad(void)
         struct blkif_request_segment *seg = (void *)tables;
         for (unsigned s = 0; s < PAGE / sizeof *seg; s++)
             seg[s] = (struct blkif_request_segment){ s == 7 ? more[i].gref : gref, 0, 7 };
-        int16_t status = ask(more[i].what, id, BLKIF_OP_INDIRECT);
+        int16_t status = ask(more[i].what, id, more[i].inner);
         if (status >= 0) FAIL("%s: status %d", more[i].what, status);
     }
     printf("%zu\n", sizeof cases / sizeof *cases + sizeof more / sizeof *more);
