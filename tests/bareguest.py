@@ -125,9 +125,16 @@ class Blkfront:
         self.raw(head + b"".join(struct.pack("<IBBH", gref, first, last, 0xAAAA) for gref, first, last in segments))
 
     def indirect(
-        self, op: int, id: int, sector: int, segments: list[tuple[int, int, int]], gref: int = 90, count: int = -1
+        self,
+        op: int,
+        id: int,
+        sector: int,
+        segments: list[tuple[int, int, int]],
+        gref: int = 90,
+        count: int = -1,
+        list_gfn: int = 90,
     ) -> None:
-        self.ram.grant(gref, 90)
+        self.ram.grant(gref, list_gfn)
         at = self.ram.page(90)
         for i, (ref, first, last) in enumerate(segments):
             self.ram.ram[at + 8 * i : at + 8 * i + 8] = struct.pack("<IBBH", ref, first, last, 0)

@@ -72,6 +72,37 @@ def test_no_more_requests_than_published_responses_allow() -> None:
         back.take(1)
 
 
+def test_an_index_that_goes_back_is_fatal() -> None:
+    layout = RingLayout(112, 16, 1)
+    pages = pages_of(1)
+    front, back = FrontRing(pages, layout), BackRing(pages, layout)
+    for _ in range(3):
+        front.request(b"")
+    front.push()
+    back.take(3)
+    pages[0][0:4] = (1).to_bytes(4, "little")
+    with pytest.raises(GuestError, match="jumped"):
+        back.take(1)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("pages", [1, 2, 3, 16])
+def test_every_entry_carries_its_bytes(sizes: tuple[int, int], pages: int) -> None:
+    layout = RingLayout(*sizes, pages)
+    memory = pages_of(pages)
+    front, back = FrontRing(memory, layout), BackRing(memory, layout)
+    for turn in range(2):
+        requests = [(n * 31 + turn).to_bytes(4, "little") * 500 for n in range(layout.entries)]
+        for request in requests:
+            front.request(request[: sizes[0]])
+        front.push()
+        assert back.take(layout.entries) == [request[: sizes[0]] for request in requests]
+        for request in requests:
+            back.respond(request[: sizes[1]])
+        back.push()
+        assert front.responses(layout.entries) == [request[: sizes[1]] for request in requests]
+
+
 def test_the_rest_of_a_response_is_zero() -> None:
     layout = RingLayout(112, 16, 2)
     pages = pages_of(2)

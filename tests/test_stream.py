@@ -72,14 +72,14 @@ def test_an_impossible_index_kills_the_stream(layout: StreamLayout) -> None:
         back = ByteStream(page, layout)
         page[layout.to_back.prod : layout.to_back.prod + 4] = struct.pack("<I", jump)
         for call in (back.available, lambda back=back: back.read(10)):
-            with pytest.raises(GuestError, match="ring: producer .* is not within"):
+            with pytest.raises(GuestError, match=r"ring: producer .* is not within"):
                 call()
     for jump in (1, 2**31, 2**32 - layout.to_front.size - 1):
         page = bytearray(4096)
         back = ByteStream(page, layout)
         page[layout.to_front.cons : layout.to_front.cons + 4] = struct.pack("<I", jump)
         for call in (back.room, lambda back=back: back.write(b"x")):
-            with pytest.raises(GuestError, match="ring: consumer .* is not within"):
+            with pytest.raises(GuestError, match=r"ring: consumer .* is not within"):
                 call()
         assert not any(page[: layout.to_front.data] if layout is XENSTORE else page[:1024])
 
