@@ -1,523 +1,30 @@
-"""The soft VMM: settings applied whole or not at all, event bits, and a domain at a daemon that is the wire alone."""
+"""The soft VMM: a domain at a daemon that is the wire alone."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import random
-import resource
-import select
-import shutil
 import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from eventfds import TIMEOUT, counter, eventfd_id, open_fds, readable
 from evtchnd import protocol as p
 from evtchnd import transport
 from evtchnd.abi import DOMID_SELF, PAGE_SIZE, Evtchnop
 from evtchnd.errors import HostError, VmmError, XenError
-from evtchnd.ports import Kind, PortTable, Setting
 from evtchnd.vmm.client import Disconnected, Refused
-from evtchnd.vmm.settings import Applier, Route
-from evtchnd.vmm.shared_info import SharedInfo
 from evtchnd.vmm.soft import CONSOLE_GFN, CONSOLE_PORT, STORE_GFN, STORE_PORT, SoftVmm
-from evtchnd.vmm.soft_kernel import SoftKernel
 from scale import scaled
 
 MEMORY = 4 << 20
-TIMEOUT = 20.0
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def eventfd_id(fd: int) -> int:
-    """Which eventfd a descriptor is, whatever its number."""
-    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
-        if line.startswith("eventfd-id:"):
-            return int(line.split()[1])
-    raise AssertionError(f"{fd} is no eventfd")
-
-
-def counter(fd: int) -> int:
-    """Empties an eventfd that does not block."""
-    try:
-        return os.eventfd_read(fd)
-    except BlockingIOError:
-        return 0
-
-
-def readable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(TIMEOUT * 1000))
-
-
-# ---- settings ------------------------------------------------------------------------------------------------
-
-
-class FailingKernel:
-    """KVM's rules in plain dicts, by eventfd and not by number; the call of number `fail` is refused."""
-
-    def __init__(self) -> None:
-        self.sends: dict[int, tuple[Any, ...]] = {}
-        self.routes: dict[int, tuple[int, int]] = {}
-        self.irqs: dict[int, int] = {}
-        self.calls = 0
-        self.fail = -1
-
-    def state(self) -> object:
-        raised = {self.routes[gsi]: fd for gsi, fd in self.irqs.items()}
-        return dict(self.sends), dict(self.routes), raised
-
-    def _call(self) -> None:
-        self.calls += 1
-        if self.calls == self.fail:
-            raise OSError(errno.ENOMEM, "refused")
-
-    def set_port(self, setting: Setting) -> None:
-        self._call()
-        assert setting.port not in self.sends, "KVM: EEXIST"
-        if setting.kind is Kind.EVENTFD:
-            self.sends[setting.port] = (Kind.EVENTFD, eventfd_id(setting.kick_fd))
-        else:
-            self.sends[setting.port] = (setting.kind, setting.target_port, setting.vcpu)
-
-    def clear_port(self, port: int) -> None:
-        self._call()
-        del self.sends[port]
-
-    def set_routes(self, routes: Sequence[Route]) -> None:
-        self._call()
-        table = {route.gsi: (route.port, route.vcpu) for route in routes}
-        assert len(table) == len(routes), "one gsi twice"
-        assert len({route.port for route in routes}) == len(routes), "one port twice"
-        assert self.irqs.keys() <= table.keys(), "an irqfd without its route"
-        self.routes = table
-
-    def set_irq(self, route: Route, fd: int) -> None:
-        self._call()
-        assert self.routes[route.gsi] == (route.port, route.vcpu)
-        assert route.gsi not in self.irqs, "KVM: EBUSY"
-        self.irqs[route.gsi] = eventfd_id(fd)
-
-    def clear_irq(self, route: Route, fd: int) -> None:
-        self._call()
-        # KVM finds the irqfd by its eventfd: the descriptor must still be there
-        assert self.irqs.pop(route.gsi) == eventfd_id(fd)
-
-
-@pytest.fixture(scope="module")
-def eventfds() -> Iterator[list[int]]:
-    fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(8)]
-    yield fds
-    for fd in fds:
-        os.close(fd)
-
-
-settings_of_a_port = st.one_of(
-    st.tuples(st.just(Kind.IPI), st.integers(0, 2)),
-    st.tuples(st.just(Kind.LOOPBACK), st.integers(0, 2), st.integers(1, 6)),
-    st.tuples(st.just(Kind.EVENTFD), st.integers(0, 2), st.integers(0, 7), st.integers(-1, 7)),
-)
-tables = st.lists(st.dictionaries(st.integers(1, 6), settings_of_a_port), min_size=1, max_size=5)
-
-
-def wanted_state(table: Sequence[Setting]) -> tuple[Any, ...]:
-    sends: dict[int, tuple[Any, ...]] = {}
-    raised: dict[tuple[int, int], int] = {}
-    for s in table:
-        if s.kind is Kind.EVENTFD:
-            sends[s.port] = (Kind.EVENTFD, eventfd_id(s.kick_fd))
-            if s.notify_fd >= 0:
-                raised[s.port, s.vcpu] = eventfd_id(s.notify_fd)
-        else:
-            sends[s.port] = (s.kind, s.target_port, s.vcpu)
-    return sends, raised
-
-
-@given(script=tables)
-def test_a_table_is_applied_whole_or_not_at_all(script: list[dict[int, tuple[Any, ...]]], eventfds: list[int]) -> None:
-    """From each table to the next, with each call of the way refused once: what was is there, no descriptor more."""
-    kernel, applier = FailingKernel(), Applier()
-    baseline = open_fds()
-    for entries in script:
-        table = []
-        for port, (kind, vcpu, *rest) in entries.items():
-            if kind is Kind.EVENTFD:
-                kick, notify = eventfds[rest[0]], eventfds[rest[1]] if rest[1] >= 0 else -1
-                # as the port table does: one serial, one pair
-                table.append(Setting(port, kind, vcpu, 0, kick, notify, 1 + rest[0] * 10 + rest[1] + 1))
-            else:
-                table.append(Setting(port, kind, vcpu, rest[0] if rest else port))
-        before, fds = kernel.state(), open_fds()
-        kernel.calls, kernel.fail = 0, 1
-        while True:
-            try:
-                applier.apply(table, kernel)
-            except HostError as error:
-                assert "nothing was changed" in str(error)
-                assert kernel.state() == before, f"call {kernel.fail} refused"
-                assert open_fds() == fds
-                kernel.calls, kernel.fail = 0, kernel.fail + 1
-            else:
-                break
-        kernel.fail = -1
-        sends, _, raised = kernel.state()  # type: ignore[misc]
-        assert (sends, raised) == wanted_state(table)
-        assert len(kernel.routes) == len(raised), "a route that nothing fires"
-        assert open_fds() == baseline + sum(fd >= 0 for s in table for fd in (s.kick_fd, s.notify_fd))
-        kernel.calls = 0
-        applier.apply(table, kernel)
-        assert kernel.calls == 0, "nothing to do"
-    applier.close()
-    applier.close()
-    assert open_fds() == baseline
-
-
-def test_a_moved_vcpu_is_only_a_new_route(eventfds: list[int]) -> None:
-    kernel, applier = FailingKernel(), Applier()
-    applier.apply([Setting(3, Kind.EVENTFD, 0, 0, eventfds[0], eventfds[1], 1)], kernel)
-    kernel.calls = 0
-    applier.apply([Setting(3, Kind.EVENTFD, 2, 0, eventfds[0], eventfds[1], 1)], kernel)
-    assert kernel.calls == 1
-    assert list(kernel.routes.values()) == [(3, 2)]
-    applier.close()
-
-
-def test_another_eventfd_of_the_same_number_is_noticed() -> None:
-    kernel, applier = FailingKernel(), Applier()
-    table = PortTable(7, vcpus=1)
-    port = table.alloc_unbound(DOMID_SELF, 0)
-    number = os.eventfd(0)
-    for _ in range(3):
-        table.connect(port, number)
-        applier.apply(table.table(), kernel)
-        assert kernel.sends[port] == (Kind.EVENTFD, eventfd_id(number))
-        other = os.eventfd(0)
-        os.dup2(other, number)  # closed, and its number given out again
-        os.close(other)
-    os.close(number)
-    applier.close()
-
-
-def test_descriptors_run_out_while_a_table_is_applied(eventfds: list[int]) -> None:
-    kernel, applier = FailingKernel(), Applier()
-    first = [Setting(1, Kind.EVENTFD, 0, 0, eventfds[0], eventfds[1], 1)]
-    applier.apply(first, kernel)
-    before, fds = kernel.state(), open_fds()
-    second = [Setting(i, Kind.EVENTFD, 0, 0, eventfds[0], eventfds[1], 1 + i) for i in range(2, 7)]
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    top = max(int(fd) for fd in os.listdir("/proc/self/fd"))
-    free = top + 1 - fds  # numbers below the highest that a duplicate can take
-    resource.setrlimit(resource.RLIMIT_NOFILE, (top + 1 + max(0, 5 - free), hard))
-    filler = []
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                filler.append(os.dup(eventfds[0]))
-        for fd in filler[-5:]:
-            os.close(fd)
-        del filler[-5:]
-        with pytest.raises(HostError, match="nothing was changed"):
-            applier.apply([*first, *second], kernel)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for fd in filler:
-            os.close(fd)
-    assert kernel.state() == before
-    assert open_fds() == fds
-    applier.apply([*first, *second], kernel)
-    applier.close()
-
-
-def test_a_port_twice_is_a_defect(eventfds: list[int]) -> None:
-    with pytest.raises(ValueError, match="twice"):
-        Applier().apply([Setting(1, Kind.IPI, 0, 1), Setting(1, Kind.IPI, 1, 1)], FailingKernel())
-
-
-def test_a_step_back_that_fails_is_logged(eventfds: list[int], caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(FailingKernel):
-        def _call(self) -> None:
-            self.calls += 1
-            if self.calls >= self.fail > 0:
-                raise OSError(errno.ENOMEM, "refused")
-
-    kernel, applier = Broken(), Applier()
-    applier.apply([Setting(1, Kind.IPI, 0, 1)], kernel)
-    kernel.calls, kernel.fail = 0, 2
-    with pytest.raises(HostError):
-        applier.apply([Setting(1, Kind.IPI, 1, 1)], kernel)
-    assert "a step back failed" in caplog.text
-
-
-# ---- event bits ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("long_mode", "top"), [(True, 4095), (False, 1023)])
-def test_event_bits_lie_where_xen_puts_them(long_mode: bool, top: int) -> None:
-    page = bytearray(PAGE_SIZE)
-    info = SharedInfo(memoryview(page), vcpus=2, long_mode=long_mode)
-    size = 8 if long_mode else 4
-    vcpu, sel = 64, 8 if long_mode else 4
-    pending, mask = 2048, 2560 if long_mode else 2176
-    assert info.set_pending(top, 1), "the vCPU has to be told"
-    assert page[pending + top // 8] == 1 << top % 8
-    assert page[vcpu + sel + size - 1] == 0x80
-    assert page[vcpu] == 1
-    assert sum(map(bool, page)) == 3
-    assert not info.set_pending(top, 1)
-    info.mask(5)
-    assert page[mask] == 1 << 5
-    assert not info.set_pending(5, 0)
-    assert info.pending(5)
-    assert not info.upcall_pending(0), "masked"
-    assert info.unmask(5, 0)
-    assert page[0] == 1
-    assert page[sel] == 1
-    assert not info.unmask(5, 0)
-    assert info.take(5)
-    assert not info.take(5)
-    assert not page[0]
-    assert info.take(top)
-    assert not any(page)
-    info.set_pending(7, 0)
-    info.wipe()
-    assert not any(page)
-    info.close()
-    info.close()
-
-
-def test_event_bits_like_a_set(eventfds: list[int]) -> None:
-    rng = random.Random(5)
-    info = SharedInfo(memoryview(bytearray(PAGE_SIZE)), vcpus=1)
-    pending: set[int] = set()
-    masked: set[int] = set()
-    for _ in range(scaled(20_000)):
-        port = rng.choice((1, 2, 63, 64, 65, 4095))
-        match rng.randrange(4):
-            case 0:
-                info.set_pending(port, 0)
-                pending.add(port)
-            case 1:
-                assert info.take(port) == (port in pending)
-                pending.discard(port)
-            case 2:
-                info.mask(port)
-                masked.add(port)
-            case _:
-                info.unmask(port, 0)
-                masked.discard(port)
-        assert info.pending(port) == (port in pending)
-        assert info.masked(port) == (port in masked)
-        if pending - masked:
-            assert info.upcall_pending(0), "an event that nobody hears of"
-    info.close()
-
-
-def test_offsets_are_the_headers(tmp_path: Path) -> None:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or not Path("/usr/include/xen/xen.h").exists():
-        pytest.skip("needs a C compiler and Debian's libxen-dev")
-    source = tmp_path / "offsets.c"
-    source.write_text(
-        "#include <stddef.h>\n#include <stdint.h>\n#include <stdio.h>\n#include <xen/xen.h>\nint main(void) {\n"
-        'printf("%zu %zu %zu %zu %zu\\n", offsetof(struct shared_info, evtchn_pending),'
-        " offsetof(struct shared_info, evtchn_mask), sizeof(struct vcpu_info),"
-        " offsetof(struct vcpu_info, evtchn_upcall_pending), offsetof(struct vcpu_info, evtchn_pending_sel));\n}\n"
-    )
-    subprocess.run([compiler, "-o", tmp_path / "offsets", source], check=True)
-    out = subprocess.run([tmp_path / "offsets"], check=True, capture_output=True, text=True).stdout
-    assert [int(word) for word in out.split()] == [2048, 2560, 64, 0, 8]
-
-
-# ---- irqfds ----------------------------------------------------------------------------------------------------
-
-
-class Machine:
-    """Table, applier and kernel put together, without a socket."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Condition()
-        self.info = SharedInfo(memoryview(bytearray(PAGE_SIZE)), vcpus=2)
-        self.kernel = SoftKernel(self.lock, self.info, "test")
-        self.table = PortTable(7, vcpus=2)
-        self.applier = Applier()
-
-    def apply(self) -> None:
-        with self.lock:
-            self.applier.apply(self.table.table(), self.kernel)
-
-    def close(self) -> None:
-        self.kernel.close()
-        self.applier.close()
-        self.info.close()
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    before = open_fds()
-    machine = Machine()
-    yield machine
-    machine.close()
-    machine.close()
-    assert open_fds() == before
-
-
-def test_an_irqfd_raises_its_port(machine: Machine, eventfds: list[int]) -> None:
-    port = machine.table.alloc_unbound(DOMID_SELF, 0)
-    machine.table.bind_vcpu(port, 1)
-    machine.table.connect(port, eventfds[0], eventfds[1])
-    machine.apply()
-    os.eventfd_write(eventfds[1], 1)
-    assert machine.kernel.wait(port, TIMEOUT)
-    assert not machine.kernel.wait(port, 0)
-    assert machine.kernel.send(port)
-    assert counter(eventfds[0]) == 1
-    assert not machine.kernel.send(port + 1)
-
-
-def test_the_thread_raises_a_port_nobody_waits_for(machine: Machine, eventfds: list[int]) -> None:
-    ports = [machine.table.alloc_unbound(DOMID_SELF, 0) for _ in range(2)]
-    for i, port in enumerate(ports):
-        machine.table.connect(port, eventfds[0], eventfds[1 + i])
-    machine.table.bind_vcpu(ports[1], 1)
-    machine.apply()
-    for i in range(2):
-        os.eventfd_write(eventfds[1 + i], 1)
-    with machine.lock:
-        assert machine.lock.wait_for(lambda: all(map(machine.info.pending, ports)), TIMEOUT)
-        assert machine.info.upcall_pending(0)
-        assert machine.info.upcall_pending(1)
-
-
-def test_odd_eventfds_do_not_stall(machine: Machine) -> None:
-    """A count near 2^64, and EFD_SEMAPHORE, which gives one at a time."""
-    full, semaphore = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
-    port = machine.table.alloc_unbound(DOMID_SELF, 0)
-    machine.table.connect(port, full, semaphore)
-    machine.apply()
-    os.eventfd_write(full, 2**64 - 2)
-    with machine.lock:
-        assert machine.kernel.send(port)
-    os.eventfd_write(semaphore, 3)
-    assert machine.kernel.wait(port, TIMEOUT)
-    assert counter(full) == 2**64 - 2
-    machine.table.disconnect(port)
-    machine.apply()
-    os.close(full)
-    os.close(semaphore)
-
-
-def test_a_port_that_moves_under_its_waiter(machine: Machine, eventfds: list[int]) -> None:
-    """Unbound, bound, bound again to another eventfd, closed: a waiting thread follows and hears the right one."""
-    port = machine.table.alloc_unbound(DOMID_SELF, 0)
-    heard = threading.Semaphore(0)
-    stop = threading.Event()
-
-    def listen() -> None:
-        while not stop.is_set():
-            if machine.kernel.wait(port, TIMEOUT):
-                heard.release()
-
-    threads = [threading.Thread(target=listen) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for i in range(scaled(200, least=20)):
-        notify = eventfds[1 + i % 4]
-        with machine.lock:
-            machine.table.connect(port, eventfds[0], notify)
-        machine.apply()
-        os.eventfd_write(notify, 1)
-        assert heard.acquire(timeout=TIMEOUT), f"round {i}"
-        if i % 3 == 0:
-            with machine.lock:
-                machine.table.disconnect(port)
-            machine.apply()
-            with machine.lock:
-                machine.kernel.raise_event(port, 0)  # as an own port would
-            assert heard.acquire(timeout=TIMEOUT), f"round {i}, unbound"
-    stop.set()
-    machine.kernel.close()
-    for thread in threads:
-        thread.join(TIMEOUT)
-        assert not thread.is_alive()
-
-
-def test_a_claimed_port_is_left_to_its_reader(machine: Machine, eventfds: list[int]) -> None:
-    port = machine.table.alloc_unbound(DOMID_SELF, 0)
-    assert not machine.kernel.claim(port)
-    machine.table.connect(port, eventfds[0], eventfds[1])
-    machine.apply()
-    with machine.lock:
-        assert machine.kernel.claim(port)
-        machine.kernel.raise_event(port, 0)
-    os.eventfd_write(eventfds[1], 1)
-    assert readable(eventfds[1])
-    assert counter(eventfds[1]) == 2
-    assert not machine.info.pending(port)
-
-
-def test_the_soft_kernel_refuses_what_kvm_refuses(machine: Machine, eventfds: list[int]) -> None:
-    kernel, route = machine.kernel, Route(0, 3, 0)
-
-    def refused(call: Callable[[], object]) -> int:
-        with pytest.raises(OSError) as caught:
-            call()
-        return caught.value.errno or 0
-
-    assert refused(lambda: kernel.clear_port(3)) == errno.ENOENT
-    kernel.set_port(Setting(3, Kind.IPI, 0, 3))
-    assert refused(lambda: kernel.set_port(Setting(3, Kind.IPI, 1, 3))) == errno.EEXIST
-    kernel.clear_port(3)
-    assert refused(lambda: kernel.set_irq(route, eventfds[0])) == errno.EINVAL
-    assert refused(lambda: kernel.set_routes([Route(4096, 3, 0)])) == errno.EINVAL
-    with machine.lock:
-        kernel.set_routes([route])
-        kernel.set_irq(route, eventfds[0])
-        assert refused(lambda: kernel.set_irq(route, eventfds[0])) == errno.EBUSY
-        assert refused(lambda: kernel.set_routes([])) == errno.EINVAL
-        kernel.clear_irq(route, eventfds[0])
-        assert refused(lambda: kernel.clear_irq(route, eventfds[0])) == errno.ENOENT
-
-
-def test_100_000_rebinds_end_with_the_same_descriptors(machine: Machine) -> None:
-    rng = random.Random(2)
-    ports = [machine.table.alloc_unbound(DOMID_SELF, 0) for _ in range(4)]
-    machine.table.bind_interdomain(DOMID_SELF, machine.table.alloc_unbound(DOMID_SELF, DOMID_SELF))
-    machine.apply()
-    baseline = open_fds()
-    for i in range(scaled(100_000)):
-        port = rng.choice(ports)
-        kick, notify = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
-        machine.table.connect(port, kick, notify)
-        machine.apply()
-        os.close(kick)
-        os.close(notify)
-        if i % 7 == 0:
-            machine.table.disconnect(port)
-        elif i % 7 == 1:
-            machine.table.close(port)
-            assert machine.table.alloc_unbound(DOMID_SELF, 0) == port
-        assert open_fds() <= baseline + 3 * 2 * len(ports)
-    for port in ports:
-        if port in machine.table.bound():
-            machine.table.disconnect(port)
-    machine.apply()
-    assert open_fds() == baseline
-
-
-# ---- at a daemon -----------------------------------------------------------------------------------------------
 
 
 class Daemon:
@@ -584,6 +91,8 @@ class Daemon:
             threading.Thread(target=self._start, args=(come.id, reply)).start()
         else:
             transport.send(self._sock, self._endpoint.answer(come.id, reply))
+            if isinstance(message, p.Release):
+                self.hang_up()
 
     def _start(self, id: int, reply: p.Body) -> None:
         if STORE_PORT not in self.ports:
@@ -795,6 +304,18 @@ def test_reset_and_the_way_back(daemon: Daemon, vmm: SoftVmm) -> None:
     assert counter(daemon.kick(STORE_PORT)) == 1
     daemon.notify(STORE_PORT)
     assert vmm.wait(STORE_PORT, TIMEOUT)
+
+
+def test_a_lost_daemon_is_logged(daemon: Daemon, caplog: pytest.LogCaptureFixture) -> None:
+    with SoftVmm(daemon.path, 7, memory=MEMORY) as vmm:
+        vmm.close()
+    assert not caplog.text, "released, not lost"
+    with SoftVmm(daemon.path, 7, memory=MEMORY) as vmm:
+        daemon.hang_up()
+        with pytest.raises(Disconnected):
+            while True:
+                vmm.client.ping()
+    assert "domain 7: the daemon has gone" in caplog.text
 
 
 def test_reboot_begins_anew(daemon: Daemon, vmm: SoftVmm) -> None:

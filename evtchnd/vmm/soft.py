@@ -35,6 +35,7 @@ from evtchnd.memory import GuestMemory
 from evtchnd.ports import Delivery, Effect, PortTable, Setting
 from evtchnd.protocol import ALL_PORTS
 from evtchnd.vmm.client import BoundPort, Client, Disconnected, GrantFrame, MemorySlot
+from evtchnd.vmm.hypercall import event_channel_op
 from evtchnd.vmm.settings import Applier
 from evtchnd.vmm.shared_info import SharedInfo
 from evtchnd.vmm.soft_kernel import SoftKernel, signal
@@ -89,6 +90,7 @@ class SoftVmm:
         self._applier = Applier()
         self._applied: tuple[Setting, ...] = ()
         self._client: Client | None = None
+        self._leaving = False  # released: the daemon hangs up, as it should
         with contextlib.ExitStack() as undo:
             self.ram_fd = _memfd(f"{self.name} ram", memory, undo)
             self._special_fd = _memfd(f"{self.name} special", SPECIAL_PAGES * PAGE_SIZE, undo)
@@ -123,7 +125,7 @@ class SoftVmm:
                 if self._kernel.send(int.from_bytes(arg[:4], "little")):
                     return 0, b""
         try:
-            return self._change(lambda: self._ports.hypercall(op, arg))
+            return self._change(lambda: event_channel_op(self._ports, op, arg))
         except HostError as error:
             log.warning("domain %d: event channel operation %d: %s", self.domid, op, error)
             return -errno.ENOMEM, b""
@@ -188,8 +190,7 @@ class SoftVmm:
     def reboot(self) -> None:
         """The domain ends for the daemon and begins anew on the same memory: RAM stays, all else is as at first."""
         with self._guest:
-            with contextlib.suppress(EvtchndError):
-                self.client.release()
+            self._release()
             self._disconnect()
             with self._lock:
                 for port in self._ports.bound():
@@ -227,9 +228,8 @@ class SoftVmm:
     def close(self, *, release: bool = True) -> None:
         """Ends the domain; `release=False`: as a VMM that dies. Views of memory must be gone. Can be called twice."""
         with self._guest:
-            if release and self._client is not None and not self._client.lost:
-                with contextlib.suppress(EvtchndError):
-                    self._client.release()
+            if release:
+                self._release()
             self._undo.close()
 
     def __enter__(self) -> Self:
@@ -253,7 +253,14 @@ class SoftVmm:
                 words[2 * gref + 1] = gfn
                 words[2 * gref] = GTF_PERMIT_ACCESS  # domid 0 in the upper half
 
+    def _release(self) -> None:
+        self._leaving = True
+        if self._client is not None and not self._client.lost:
+            with contextlib.suppress(EvtchndError):
+                self._client.release()
+
     def _connect(self) -> Client:
+        self._leaving = False
         return Client(
             self._path,
             on_bind=self._on_bind,
@@ -380,7 +387,8 @@ class SoftVmm:
             self._drop_backend(keep=self._ports.bound())
 
     def _on_lost(self) -> None:
-        log.warning("domain %d: the daemon has gone; resume() goes to a new one", self.domid)
+        if not self._leaving:
+            log.warning("domain %d: the daemon has gone; resume() goes to a new one", self.domid)
 
     def _drop_backend(self, keep: Container[int] = ()) -> None:
         for port in [port for port in self._backend if port not in keep]:
