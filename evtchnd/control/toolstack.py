@@ -28,6 +28,8 @@ class Introduced(Protocol):
     def memory_bytes(self) -> int: ...
 
 
+# A frontend that waits for its backend's last state has seen it then, before the nodes go.
+_SEEN_S = 0.25
 # A frontend in one of these has a ring, or is about to: a detach waits for it.
 _WITH_RING = (XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSING)
 
@@ -99,6 +101,7 @@ def add_disk(server: Server, disk: Disk) -> None:
     with server.transaction() as t:
         t.rm(back)
         t.rm(front)
+        t.mkdir(back.rpartition("/")[0], perms=of_host)
         t.mkdir(back, perms=of_host)
         t.mkdir(front, perms=of_guest)
         of_backend: dict[str, str | int] = {
@@ -128,14 +131,11 @@ def add_disk(server: Server, disk: Disk) -> None:
 
 
 def remove_disk(server: Server, disk: Disk) -> None:
-    """Both directories; and the backend's parent when it was the last."""
-    back = backend(disk)
-    parent = back.rpartition("/")[0]
+    """Both directories. Their parents stay until the domain's end: below them, a guest that looks for its backend
+    gets ENOENT, elsewhere it would be EACCES."""
     with server.transaction() as t:
-        t.rm(back)
+        t.rm(backend(disk))
         t.rm(frontend(disk))
-        if t.exists(parent) and not t.ls(parent):
-            t.rm(parent)
 
 
 def state(server: Server, path: str) -> int:
@@ -159,7 +159,9 @@ async def ask_to_leave(server: Server, store: Client, disk: Disk, limit_s: float
                 t.write(f"{back}/state", int(XenbusState.CLOSING))
             async for _ in watch:
                 if state(server, back) in (0, XenbusState.CLOSED):
-                    return True
+                    break
+        await asyncio.sleep(_SEEN_S)
+        return True
     except TimeoutError:
         pass
     return False
