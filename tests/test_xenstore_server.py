@@ -1,0 +1,453 @@
+"""Transports: sockets, a guest's ring page, the control plane's own access."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mmap
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from evtchnd.errors import HostError
+from evtchnd.xenstore import wire
+from evtchnd.xenstore.client import Client
+from evtchnd.xenstore.server import Quotas, Server, XenStore
+from evtchnd.xenstore.wire import Op, XenStoreError
+from scale import scaled
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server()
+    yield server
+    await server.close()
+    assert server.store.check() == []
+    assert len(server.store.connections) == 1
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+class FrontRing:
+    """A guest's side of its page, from io/xs_wire.h alone."""
+
+    def __init__(self, server: Server, domid: int, *, start: int = 0, connection: int = 0) -> None:
+        self.page = mmap.mmap(-1, 4096)
+        self.kick, self.notify = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2))
+        for at in (2048, 2052, 2056, 2060):
+            self.put(at, start)
+        self.put(2068, connection)
+        self.ring = server.attach_ring(domid, self.page, self.kick, self.notify)
+        self.got = b""
+
+    def word(self, at: int) -> int:
+        value: int = struct.unpack_from("<I", self.page, at)[0]
+        return value
+
+    def put(self, at: int, value: int) -> None:
+        struct.pack_into("<I", self.page, at, value & 0xFFFFFFFF)
+
+    def poke(self) -> None:
+        os.eventfd_write(self.kick, 1)
+
+    def send_some(self, data: bytes) -> int:
+        prod = self.word(2052)
+        room = 1024 - ((prod - self.word(2048)) & 0xFFFFFFFF)
+        for number, byte in enumerate(data[:room]):
+            self.page[(prod + number) & 1023] = byte
+        self.put(2052, prod + min(room, len(data)))
+        self.poke()
+        return min(room, len(data))
+
+    async def send(self, data: bytes) -> None:
+        while data:
+            data = data[self.send_some(data) :]
+            await asyncio.sleep(0)
+
+    def take(self) -> None:
+        cons = self.word(2056)
+        count = (self.word(2060) - cons) & 0xFFFFFFFF
+        assert count <= 1024
+        self.got += bytes(self.page[1024 + ((cons + number) & 1023)] for number in range(count))
+        self.put(2056, cons + count)
+        if count == 1024:
+            self.poke()
+
+    async def receive(self) -> tuple[int, int, int, bytes]:
+        async with asyncio.timeout(30):
+            while True:
+                self.take()
+                if len(self.got) >= 16:
+                    kind, req_id, tx_id, length = struct.unpack_from("<4I", self.got)
+                    if len(self.got) >= 16 + length:
+                        body, self.got = self.got[16 : 16 + length], self.got[16 + length :]
+                        return kind, req_id, tx_id, body
+                await asyncio.sleep(0.001)
+
+    async def ask(self, op: Op, payload: bytes, tx: int = 0) -> bytes:
+        await self.send(wire.pack(op, 5, tx, payload))
+        kind, _, _, body = await self.receive()
+        assert kind in (op, Op.ERROR)
+        return body
+
+    def close(self) -> None:
+        self.ring.close()
+        self.page.close()
+        os.close(self.kick)
+        os.close(self.notify)
+
+
+@pytest.fixture
+def guest_of(server: Server) -> Callable[..., FrontRing]:
+    def make(domid: int = 7, **options: int) -> FrontRing:
+        server.introduce(domid)
+        server.write(f"/local/domain/{domid}", "", perms=["n0", f"r{domid}"])
+        server.write(f"/local/domain/{domid}/data", "", perms=[f"n{domid}"])
+        return FrontRing(server, domid, **options)
+
+    return make
+
+
+# ---- sockets
+
+
+async def test_a_socket_and_a_second_client(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "xs.sock"
+    path.touch()
+    await server.listen(str(path), mode=0o600)
+    assert path.stat().st_mode & 0o777 == 0o600
+    one, two = [await Client.connect(str(path)) for _ in range(2)]
+    async with two.watch("/a") as watch:
+        assert await anext(watch) == "/a"
+        await one.write("/a/b", "text")
+        assert await anext(watch) == "/a/b"
+    assert await two.read("/a/b") == "text"
+    await one.close()
+    await two.close()
+    await server.close()
+    assert not path.exists()
+
+
+async def test_a_socket_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="xenstore: socket"):
+        await server.listen(str(tmp_path / "none" / "xs.sock"))
+
+
+async def test_a_socket_that_was_made_elsewhere(server: Server, tmp_path: Path) -> None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(str(tmp_path / "xs.sock"))
+    sock.listen()
+    await server.adopt(sock)
+    client = await Client.connect(str(tmp_path / "xs.sock"))
+    assert await client.ls("/") == []
+    await client.close()
+
+
+async def raw(server: Server, **options: int) -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    server.attach_socket(theirs, **options)
+    ours.setblocking(False)
+    return ours
+
+
+async def test_a_confined_socket(server: Server) -> None:
+    server.write("/local/domain/0/backend/vbd/7/51712/params", "disk.img")
+    worker = await Client.from_socket(await raw(server, confine=7))
+    await worker.write("/local/domain/0/backend/vbd/7/51712/state", 2)
+    assert server.read("/local/domain/0/backend/vbd/7/51712/state") == "2"
+    for path in ("/local/domain/0/backend/vbd/7/51712/params", "/local/domain/0/backend/vbd/8/1/state", "/tool/x"):
+        with pytest.raises(XenStoreError, match="EACCES"):
+            await worker.write(path, "x")
+    await worker.close()
+    await until(lambda: len(server.store.connections) == 1)
+
+
+@pytest.mark.parametrize("length", [4097, 2**32 - 1])
+async def test_xsa_38_a_long_payload_ends_that_client_only(
+    server: Server, length: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = await Client.from_socket(await raw(server))
+    sock = await raw(server)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(sock, wire.pack(Op.READ, 1, 0, b"/\0") + wire.HEADER.pack(2, 1, 0, length))
+    got = b""
+    try:
+        while data := await loop.sock_recv(sock, 4096):
+            got += data
+    except ConnectionResetError:
+        pass
+    sock.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"domain 0: xenstore: connection closed: a message of {length} bytes, 4096 at most"
+    ]
+    assert await other.ls("/") == []
+    await other.close()
+
+
+async def test_half_a_header_and_the_end(server: Server) -> None:
+    for data in (b"", b"\x02", wire.pack(Op.READ, 1, 0, b"/\0")[:-1]):
+        sock = await raw(server)
+        await asyncio.get_running_loop().sock_sendall(sock, data)
+        sock.close()
+    await until(lambda: len(server.store.connections) == 1)
+
+
+async def test_xsa_326_416_pipelined_requests_with_unread_replies(server: Server) -> None:
+    """Memory stays flat, others are served, and nothing is lost in the end."""
+    count = scaled(100_000, least=3000)
+    server.write("/big", "x" * 4000)
+    sock = await raw(server)
+    loop = asyncio.get_running_loop()
+    sending = loop.create_task(
+        loop.sock_sendall(sock, b"".join(wire.pack(Op.READ, number, 0, b"/big\0") for number in range(count)))
+    )
+    other = await Client.from_socket(await raw(server))
+    for _ in range(100):
+        assert await other.ls("/") == ["big"]
+    conn = next(conn for conn, handler in server.connections.items() if conn.out or handler._blocked)  # type: ignore[union-attr]
+    assert conn.out_bytes < 1 << 20
+    parser, replies = wire.Parser(), 0
+    while replies < count:
+        parser.feed(await loop.sock_recv(sock, 1 << 20))
+        while (message := parser.next()) is not None:
+            assert message[:2] == (Op.READ, replies)
+            replies += 1
+    await sending
+    sock.close()
+    await other.close()
+
+
+async def test_a_tool_that_never_reads_its_events_is_closed(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("evtchnd.xenstore.quota.PRIVILEGED_OUT_MAX", 100_000)
+    sock = await raw(server)
+    await asyncio.get_running_loop().sock_sendall(sock, wire.pack(Op.WATCH, 1, 0, b"/\0t\0"))
+    await until(lambda: len(server.store.watches) == 1)
+    for number in range(50_000):
+        server.write(f"/{number % 5000}/{'x' * 200}", "")
+        if number % 100 == 0:
+            await asyncio.sleep(0)
+        if len(server.store.connections) == 1:
+            break
+    else:
+        pytest.fail("still served")
+    assert caplog.records[-1].getMessage() == "domain 0: xenstore: connection closed: it does not read its watch events"
+    sock.close()
+
+
+# ---- the ring
+
+
+async def test_a_guest_over_its_ring(guest_of: Callable[..., FrontRing]) -> None:
+    guest = guest_of()
+    assert guest.word(2064) == 7
+    assert await guest.ask(Op.WRITE, b"data/x\0hello") == b"OK\0"
+    assert await guest.ask(Op.READ, b"/local/domain/7/data/x\0") == b"hello"
+    assert await guest.ask(Op.READ, b"/local/domain/7/none\0") == b"ENOENT\0"
+    assert await guest.ask(Op.RELEASE, b"8\0") == b"EACCES\0"
+    guest.close()
+
+
+@pytest.mark.parametrize("start", [0, 1000, 2**32 - 17])
+async def test_large_messages_wrap_and_overrun_the_ring(guest_of: Callable[..., FrontRing], start: int) -> None:
+    guest = guest_of(start=start)
+    value = bytes(range(256)) * 7
+    for _ in range(5):
+        assert await guest.ask(Op.WRITE, b"data/x\0" + value) == b"OK\0"
+        assert await guest.ask(Op.READ, b"data/x\0") == value
+    guest.close()
+
+
+async def test_what_was_written_before_is_served(server: Server, guest_of: Callable[..., FrontRing]) -> None:
+    guest = guest_of()
+    guest.ring.close()
+    message = wire.pack(Op.READ, 9, 0, b"data\0")
+    guest.page[0 : len(message)] = message
+    guest.put(2052, len(message))
+    guest.ring = server.attach_ring(7, guest.page, guest.kick, guest.notify)
+    assert await guest.receive() == (Op.READ, 9, 0, b"")
+    guest.close()
+
+
+async def test_one_kick_for_a_message_in_pieces_and_one_notification(guest_of: Callable[..., FrontRing]) -> None:
+    guest = guest_of()
+    await asyncio.sleep(0.01)
+    data = b"".join(wire.pack(Op.READ, number, 0, b"data\0") for number in range(10))
+    guest.page[0 : len(data)] = data
+    guest.put(2052, len(data))
+    guest.poke()
+    for number in range(10):
+        assert (await guest.receive())[1] == number
+    assert os.eventfd_read(guest.notify) == 1
+    guest.close()
+
+
+async def test_events_reach_a_quiet_guest(server: Server, guest_of: Callable[..., FrontRing]) -> None:
+    guest = guest_of()
+    assert await guest.ask(Op.WATCH, b"data\0tok\0") == b"OK\0"
+    assert await guest.receive() == (Op.WATCH_EVENT, 0, 0, b"data\0tok\0")
+    os.eventfd_read(guest.notify)
+    server.write("/local/domain/7/data/y", "1")
+    assert await guest.receive() == (Op.WATCH_EVENT, 0, 0, b"data/y\0tok\0")
+    assert os.eventfd_read(guest.notify) == 1
+    guest.close()
+
+
+@pytest.mark.parametrize(
+    ("at", "value"), [(2052, 1025), (2052, 2**31), (2052, 2**32 - 1), (2056, 1), (2056, 2**31), (2056, 2**32 - 5000)]
+)
+async def test_xsa_38_a_corrupt_index_ends_that_ring_once(
+    server: Server, guest_of: Callable[..., FrontRing], at: int, value: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest, other = guest_of(7), guest_of(8)
+    if at == 2056:  # the server meets it when it has something to send
+        message = wire.pack(Op.READ, 1, 0, b"data\0")
+        guest.page[0 : len(message)] = message
+        guest.put(2052, len(message))
+    guest.put(at, value)
+    guest.poke()
+    await until(lambda: guest.ring.closed)
+    for _ in range(10):
+        guest.poke()
+        await asyncio.sleep(0)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert lines[0].startswith("domain 7: xenstore ring: ")
+    assert guest.word(2072) == 2
+    assert os.eventfd_read(guest.notify) == 1
+    assert await other.ask(Op.READ, b"data\0") == b""
+    guest.close()
+    other.close()
+
+
+async def test_xsa_420_a_bad_length_ends_that_ring_once(
+    guest_of: Callable[..., FrontRing], caplog: pytest.LogCaptureFixture
+) -> None:
+    guest = guest_of()
+    guest.send_some(wire.HEADER.pack(Op.READ, 1, 0, 4097))
+    await until(lambda: guest.ring.closed)
+    assert guest.word(2072) == 3
+    assert len(caplog.records) == 1
+    guest.close()
+
+
+async def test_xsa_326_a_guest_that_takes_no_replies_is_not_listened_to(
+    server: Server, guest_of: Callable[..., FrontRing]
+) -> None:
+    guest = guest_of()
+    server.write("/local/domain/7/data", "x" * 1000, perms=["n7"])
+    sent = 0
+    data = b"".join(wire.pack(Op.READ, number, 0, b"data\0") for number in range(2000))
+    for _ in range(500):
+        sent += guest.send_some(data[sent:])
+        await asyncio.sleep(0)
+    assert sent < 3000
+    assert guest.ring.conn.out_bytes <= 21 * 1100
+    sending = asyncio.ensure_future(guest.send(data[sent:]))
+    for number in range(2000):
+        assert (await guest.receive())[1] == number
+    await sending
+    guest.close()
+
+
+async def test_a_ring_is_reconnected(server: Server, guest_of: Callable[..., FrontRing]) -> None:
+    guest = guest_of(start=77)
+    await guest.ask(Op.WATCH, b"data\0tok\0")
+    await guest.receive()
+    assert await guest.ask(Op.TRANSACTION_START, b"\0")
+    guest.send_some(b"half a header")
+    await asyncio.sleep(0.01)
+    guest.put(2068, 1)
+    guest.poke()
+    await until(lambda: guest.word(2068) == 0)
+    assert [guest.word(at) for at in (2048, 2052, 2056, 2060)] == [0, 0, 0, 0]
+    assert (len(server.store.watches), guest.ring.conn.transactions) == (0, {})
+    guest.got = b""
+    assert await guest.ask(Op.READ, b"data\0") == b""
+    guest.close()
+
+
+async def test_connection_is_cleared_by_the_server(guest_of: Callable[..., FrontRing]) -> None:
+    guest = guest_of(connection=1)
+    await until(lambda: guest.word(2068) == 0)
+    guest.close()
+
+
+async def test_a_full_notification_counter_does_not_stall(guest_of: Callable[..., FrontRing]) -> None:
+    guest = guest_of()
+    os.eventfd_write(guest.notify, 2**64 - 2)
+    os.eventfd_write(guest.kick, 2**64 - 3)
+    assert await guest.ask(Op.READ, b"data\0") == b""
+    guest.close()
+
+
+async def test_release_closes_the_ring_and_leaves_nothing(server: Server, guest_of: Callable[..., FrontRing]) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(scaled(1000, least=20)):
+        guest = guest_of()
+        await guest.ask(Op.WRITE, b"data/x\0y")
+        server.release(7)
+        assert guest.ring.closed
+        guest.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not server.exists("/local/domain/7")
+    assert 7 not in server.store.domains
+
+
+# ---- in process
+
+
+async def test_the_control_planes_access(server: Server) -> None:
+    server.write("/a/b", 5, perms=["n0", "r7"])
+    server.mkdir("/a/c", perms=["b7"])
+    assert (server.read("/a/b"), server.ls("/a"), server.get("/none"), server.get("/none", "x")) == (
+        *("5", ["b", "c"], None),
+        "x",
+    )
+    assert (server.get_perms("/a/b"), server.get_perms("/a/c")) == (["n0", "r7"], ["b7"])
+    assert (server.exists("/a"), server.exists("/b")) == (True, False)
+    server.rm("/none/none")
+    server.rm("/a")
+    with pytest.raises(XenStoreError, match="ENOENT: /a/b"):
+        server.read("/a/b")
+    with pytest.raises(XenStoreError, match="EINVAL"):
+        server.write("/a\0b", "x")
+
+
+async def test_the_control_planes_transaction(server: Server, guest_of: Callable[..., FrontRing]) -> None:
+    guest = guest_of()
+    await guest.ask(Op.WATCH, b"data\0t\0")
+    await guest.receive()
+    with server.transaction() as t:
+        t.write("/local/domain/7/data/a", "1")
+        t.write("/local/domain/7/data/b", "2", perms=["r7"])
+        assert not server.exists("/local/domain/7/data/a")
+        assert t.ls("/local/domain/7/data") == ["a", "b"]
+    assert (await guest.receive())[3] == b"data/a\0t\0"
+    assert (await guest.receive())[3] == b"data/b\0t\0"
+    with pytest.raises(ZeroDivisionError), server.transaction() as t:
+        t.rm("/local")
+        raise ZeroDivisionError
+    assert server.ls("/local/domain/7/data") == ["a", "b"]
+    guest.close()
+
+
+async def test_quotas_reach_the_store(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    server = Server(quotas=Quotas(nodes=3))
+    assert isinstance(server.store, XenStore)
+    server.write("/local/domain/7", "", perms=["n7"])
+    guest = FrontRing(server, 7)
+    for number, reply in enumerate([b"OK\0", b"OK\0", b"ENOSPC\0"]):
+        assert await guest.ask(Op.WRITE, b"%d\0" % number) == reply
+    guest.close()
+    await server.close()
