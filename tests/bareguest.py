@@ -103,10 +103,12 @@ class Blkfront:
         return bytes(self.ram.ram[self.byte(offset + i)] for i in range(n))
 
     def put_word(self, offset: int, value: int) -> None:
-        self.put(offset, (value & 0xFFFFFFFF).to_bytes(4, "little"))
+        at = self.byte(offset)  # at once: another process may look
+        self.ram.ram[at : at + 4] = (value & 0xFFFFFFFF).to_bytes(4, "little")
 
     def word(self, offset: int) -> int:
-        return int.from_bytes(self.get(offset, 4), "little")
+        at = self.byte(offset)
+        return int.from_bytes(self.ram.ram[at : at + 4], "little")
 
     def raw(self, request: bytes) -> None:
         self.put(64 + (self.prod & (self.entries - 1)) * self.entry, request.ljust(self.entry, b"\xee"))

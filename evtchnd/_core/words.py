@@ -287,7 +287,7 @@ class Area:
         """A copy of `n` bytes (at most 4096), across pages."""
         if not (off >= 0 and 0 <= n <= 4096 and off + n <= self.size):
             raise IndexError(f"{n} bytes at {off} of {self.size}")
-        private = Mem(bytearray((n + 7) & ~7))
+        private = Mem(bytearray((n + 8) & ~7))
         self.take(off, private.p, 0, n)
         return bytes(private.view[:n])
 
@@ -296,7 +296,7 @@ class Area:
         n = len(data)
         if not (off >= 0 and n <= 4096 and off + n <= self.size):
             raise IndexError(f"{n} bytes at {off} of {self.size}")
-        private = Mem(bytearray((n + 7) & ~7))
+        private = Mem(bytearray((n + 8) & ~7))
         private.view[:n] = data
         self.give(off, private.p, 0, n)
 
