@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from scale import scaled
 
 from evtchnd._core import uring
 from evtchnd._core.uring import Uring, descriptor_of, inflight_of, transfer
 from evtchnd.errors import HostError
+from scale import scaled
 
 
 @pytest.fixture
