@@ -25,7 +25,7 @@ class Disk:
 
     connected   what the live ring is (the worker's words), None while there is none
     reason      why it is off; "" while it is served
-    leaving     an operator has asked the guest to let it go
+    leaving     a detach has given up waiting for the guest: it is removed when the guest lets it go
     """
 
     kind = "vbd"

@@ -312,10 +312,10 @@ class Domain:
         """Takes the disk from the guest and closes it. True: by force. OperatorError: the guest holds on to it."""
         forced = False
         if self.running:
-            disk.leaving = True
             limit = self._config.limits.detach_s
             if not await toolstack.ask_to_leave(self._server, self._store, disk, limit):
                 if self.disks.get(disk.devid) is disk and not force:
+                    disk.leaving = True
                     raise OperatorError(
                         f"{disk.name}: the guest did not let it go in {limit:g} s: it is removed when the guest does"
                     )
@@ -324,10 +324,15 @@ class Domain:
         return forced
 
     def disk_ended(self, disk: Disk) -> None:
-        """The backend has ended by itself: after a detach that took its time, the rest of it happens now."""
-        if disk.leaving and not disk.reason and self.disks.get(disk.devid) is disk:
-            self.remove(disk)
-            log.info("%s: removed", disk.name)
+        """The backend has ended by itself: after a detach that took too long, the rest of it happens now."""
+
+        def remove() -> None:
+            if self.disks.get(disk.devid) is disk:
+                self.remove(disk)
+                log.info("%s: removed", disk.name)
+
+        if disk.leaving and not disk.reason:
+            asyncio.get_running_loop().call_later(toolstack.SEEN_S, remove)
 
     async def _take_away(self, disk: Disk) -> None:
         if self.disks.get(disk.devid) is disk:

@@ -29,7 +29,7 @@ class Introduced(Protocol):
 
 
 # A frontend that waits for its backend's last state has seen it then, before the nodes go.
-_SEEN_S = 0.25
+SEEN_S = 0.25
 # A frontend in one of these has a ring, or is about to: a detach waits for it.
 _WITH_RING = (XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSING)
 
@@ -160,7 +160,7 @@ async def ask_to_leave(server: Server, store: Client, disk: Disk, limit_s: float
             async for _ in watch:
                 if state(server, back) in (0, XenbusState.CLOSED):
                     break
-        await asyncio.sleep(_SEEN_S)
+        await asyncio.sleep(SEEN_S)
         return True
     except TimeoutError:
         pass
