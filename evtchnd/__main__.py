@@ -80,10 +80,7 @@ async def _serve(
     try:
         await daemon.start()
         operator.start()
-        # Kept by the manager, they take connections while nobody is here; those of socket units it has already.
-        for name in listening.made:
-            notifier.store(name, listening.sockets[name].fileno())
-        await notifier.barrier(_BARRIER_S)
+        await _keep(listening, notifier)
         notifier.ready(f"serving in {config.runtime_dir}")
         log.info("evtchnd %s serves in %s", version(), config.runtime_dir)
         await told.wait()
@@ -96,6 +93,18 @@ async def _serve(
         with suppress(asyncio.CancelledError):
             await watchdog
         listening.close(keep=bool(notifier))
+
+
+async def _keep(listening: Listening, notifier: sdnotify.Notifier) -> None:
+    """Into the descriptor store: there sockets take connections while nobody is here. Those of units are kept anyway."""
+    if not listening.made:
+        return
+    try:
+        for name in listening.made:
+            notifier.store(name, listening.sockets[name].fileno())
+        await notifier.barrier(_BARRIER_S)
+    except EvtchndError as exc:
+        log.warning("sockets are not kept over a restart: %s", exc)
 
 
 async def _watchdog(notifier: sdnotify.Notifier, period: float | None) -> None:

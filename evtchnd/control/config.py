@@ -50,10 +50,11 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     request_s: Seconds = 10.0
     # Messages that a VMM has not read; a device needs two at a time, so a stopped VMM with 64 devices fits in.
     vmm_queue: Annotated[int, Meta(ge=1, le=65536)] = 256
-    # KVM had 509 user slots for years (512 less 3 private ones); VMMs are written to need no more.
-    memory_slots: Annotated[int, Meta(ge=1, le=32764)] = 512
-    # Xen's default for a guest, gnttab_max_frames=64: 32,768 grants.
-    grant_frames: Annotated[int, Meta(ge=1, le=512)] = 64
+    # KVM had 509 user slots for years (512 less 3 private ones); VMMs are written to need no more. The VMM's protocol
+    # ends there, too.
+    memory_slots: Annotated[int, Meta(ge=1, le=512)] = 512
+    # Xen's default for a guest, gnttab_max_frames=64: 32,768 grants. The VMM's protocol ends there, too.
+    grant_frames: Annotated[int, Meta(ge=1, le=64)] = 64
     # Of one domain. The 2-level ABI has 4,096 ports, a few of which the guest keeps for itself.
     ports: Annotated[int, Meta(ge=1, le=EVTCHN_2L_PORTS_64)] = EVTCHN_2L_PORTS_64
     # Of one domain. A disk costs a ring of up to 16 pages, its journal and about 8 descriptors.
