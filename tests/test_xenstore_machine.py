@@ -6,6 +6,7 @@ a node that it may not see. A commit that succeeds is equal to running the whole
 
 from __future__ import annotations
 
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
@@ -14,6 +15,7 @@ from evtchnd.xenstore.operations import handle
 from evtchnd.xenstore.quota import Connection
 from evtchnd.xenstore.store import XenStore
 from evtchnd.xenstore.wire import PERM_READ, Op
+from scale import scaled
 from xenstore_model import Model, Reply
 
 PATHS = ["/", "/a", "/a/b", "/a/b/c", "/a/d", "/x", "/local/domain/7", "/local/domain/7/data", "/local/domain/7/data/y"]
@@ -27,6 +29,10 @@ reads = st.sampled_from([Op.READ, Op.DIRECTORY, Op.GET_PERMS])
 Log = list[tuple[Op, str, object, Reply]]
 
 
+def related(one: str, other: str) -> bool:
+    return (one + "/").startswith(other.rstrip("/") + "/") or (other + "/").startswith(one.rstrip("/") + "/")
+
+
 class StoreMachine(RuleBasedStateMachine):
     transactions = Bundle("transactions")
 
@@ -35,7 +41,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = XenStore()
         self.conns = {domid: self.store.connect(domid) for domid in (0, 7, 8)}
         self.model = Model()
-        self.logs: dict[tuple[int, int], tuple[Model, Log, Model]] = {}
+        # What a transaction sees, what it has done, how much of `changed` came before it
+        self.logs: dict[tuple[int, int], tuple[Model, Log, int]] = {}
+        self.changed: list[str] = []
         for domid in (7, 8):
             self.store.introduce(domid)
 
@@ -89,6 +97,8 @@ class StoreMachine(RuleBasedStateMachine):
         return reply
 
     def events_are_allowed(self, before: Model) -> None:
+        everything = {**before.nodes, **self.model.nodes}
+        self.changed += [path for path in everything if before.nodes.get(path) != self.model.nodes.get(path)]
         for who, conn in self.conns.items():
             for path in self.take_events(conn):
                 parent = path.rpartition("/")[0] or "/"
@@ -124,7 +134,7 @@ class StoreMachine(RuleBasedStateMachine):
         conn = self.conns[who]
         handle(self.store, conn, Op.TRANSACTION_START, 1, 0, b"\0")
         tx = int(conn.take()[16:-1])
-        self.logs[who, tx] = (self.model.copy(), [], self.model.copy())
+        self.logs[who, tx] = (self.model.copy(), [], len(self.changed))
         return who, tx
 
     @rule(which=transactions, op=reads, path=paths)
@@ -158,7 +168,7 @@ class StoreMachine(RuleBasedStateMachine):
         if which not in self.logs:
             return
         who, tx = which
-        view, log, base = self.logs.pop(which)
+        _, log, since = self.logs.pop(which)
         before = self.model.copy()
         reply = self.raw_end(who, tx, b"T\0" if commit else b"F\0")
         if not commit:
@@ -168,8 +178,8 @@ class StoreMachine(RuleBasedStateMachine):
                 assert self.model.apply(who, op, path, arg) == answer, "the commit was no single moment"
         else:
             assert reply == "EAGAIN"
-            assert before.nodes != base.nodes or any(op != Op.READ for op, *_ in log)
-            assert before.nodes is not view.nodes
+            near = [(path, other) for _, path, _, _ in log for other in self.changed[since:]]
+            assert any(related(path, other) for path, other in near), "nobody has touched what it relied on"
         self.events_are_allowed(before)
 
     def raw_end(self, who: int, tx: int, verdict: bytes) -> str:
@@ -202,3 +212,35 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
+
+few = st.sampled_from(["/", "/a", "/a/b", "/a/b/c", "/a/d", "/x"])
+operations = st.one_of(
+    st.tuples(reads, few, st.none()),
+    st.tuples(st.just(Op.WRITE), few, values),
+    st.tuples(st.sampled_from([Op.MKDIR, Op.RM]), few, st.none()),
+    st.tuples(st.just(Op.SET_PERMS), few, perms),
+)
+sequences = st.lists(operations, min_size=1, max_size=3)
+
+
+@settings(max_examples=scaled(10_000, least=500))
+@given(st.lists(operations, max_size=4), clients, sequences, clients, sequences)
+def test_a_transaction_beside_others(
+    before: list[tuple[Op, str, object]],
+    who: int,
+    mine: list[tuple[Op, str, object]],
+    other: int,
+    theirs: list[tuple[Op, str, object]],
+) -> None:
+    machine = StoreMachine()
+    machine.boot()
+    for op, path, arg in before:
+        machine.both(0, op, path, arg)
+    which = machine.start(who)
+    for op, path, arg in mine:
+        machine.inside(which, op, path, arg)
+    for op, path, arg in theirs:
+        machine.both(other, op, path, arg)
+    machine.end(which, True)
+    machine.nodes_are_the_models()
+    machine.accounts_hold()
