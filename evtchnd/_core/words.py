@@ -54,13 +54,13 @@ if not cython.compiled:
 
     def ld32(p: Mem, off: int) -> int:
         """A shared, aligned 32-bit word."""
-        return int(p.v32[off >> 2])
+        return p.v32[off >> 2]
 
     def st32(p: Mem, off: int, value: int) -> None:
         p.v32[off >> 2] = value & 0xFFFFFFFF
 
     def ld64(p: Mem, off: int) -> int:
-        return int(p.v64[off >> 3])
+        return p.v64[off >> 3]
 
     def st64(p: Mem, off: int, value: int) -> None:
         p.v64[off >> 3] = value
@@ -86,15 +86,19 @@ if not cython.compiled:
 
     def get8(p: Mem, off: int) -> int:
         """A private value, of any alignment."""
-        return int(p.view[off])
+        return p.view[off]
 
     def get16(p: Mem, off: int) -> int:
         return int.from_bytes(p.view[off : off + 2], "little")
 
     def get32(p: Mem, off: int) -> int:
+        if off & 3 == 0:
+            return p.v32[off >> 2]
         return int.from_bytes(p.view[off : off + 4], "little")
 
     def get64(p: Mem, off: int) -> int:
+        if off & 7 == 0:
+            return p.v64[off >> 3]
         return int.from_bytes(p.view[off : off + 8], "little")
 
     def put8(p: Mem, off: int, value: int) -> None:
@@ -104,10 +108,16 @@ if not cython.compiled:
         p.view[off : off + 2] = (value & 0xFFFF).to_bytes(2, "little")
 
     def put32(p: Mem, off: int, value: int) -> None:
-        p.view[off : off + 4] = (value & 0xFFFFFFFF).to_bytes(4, "little")
+        if off & 3 == 0:
+            p.v32[off >> 2] = value & 0xFFFFFFFF
+        else:
+            p.view[off : off + 4] = (value & 0xFFFFFFFF).to_bytes(4, "little")
 
     def put64(p: Mem, off: int, value: int) -> None:
-        p.view[off : off + 8] = (value & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little")
+        if off & 7 == 0:
+            p.v64[off >> 3] = value & 0xFFFFFFFFFFFFFFFF
+        else:
+            p.view[off : off + 8] = (value & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little")
 
     def copy(to: Mem, to_off: int, source: Mem, source_off: int, n: int) -> None:
         to.view[to_off : to_off + n] = source.view[source_off : source_off + n]
