@@ -90,12 +90,6 @@ class RawDisk:
         self.readonly = readonly
         self.wake = wake
         self.name = name
-        self._own_eventfd = uring is None and eventfd is None
-        if uring is not None:
-            eventfd = uring.eventfd
-        elif eventfd is None:
-            eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.eventfd: int = eventfd
         self.inflight = 0
         self.failed = ""
         self.inline = 0
@@ -106,6 +100,12 @@ class RawDisk:
         self._geometry()
         self.nowait = not self.direct and _takes_nowait(fd)
         self.discard = None if readonly else self._discard()
+        self._own_eventfd = uring is None and eventfd is None
+        if uring is not None:
+            eventfd = uring.eventfd
+        elif eventfd is None:
+            eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.eventfd: int = eventfd
         self._engine: Engine = uring or Threads(eventfd)
         self._poller = poller
         self._clock = clock
