@@ -151,9 +151,11 @@ def run(demo: Demo, *, keep: bool) -> bool:
     demo.show.close()
     print_table(result, counters, say)
 
-    wrong = sorted(path for path in hashes if path != f"/{image.SCRATCH}" and result["read"].get(path) != hashes[path])
-    say(f"files that the guest read: {len(result['read'])}, wrong: {len(wrong)} {' '.join(wrong[:5])}")
-    good = not wrong and len(result["read"]) == len(hashes) and result["bad_blocks"] == 0
+    kept_as_made = {path: digest for path, digest in hashes.items() if path != f"/{image.SCRATCH}"}
+    wrong = sorted(path for path, digest in kept_as_made.items() if result["read"].get(path) != digest)
+    say(f"files that the guest read: {len(result['read'])} of {len(kept_as_made)}, wrong: {len(wrong)}")
+    say(f"blocks that it wrote and read back: {result['blocks']}, wrong: {result['bad_blocks']}")
+    good = not wrong and len(result["read"]) == len(kept_as_made) and result["bad_blocks"] == 0
     if not keep:
         demo.evtchnctl("block-detach", str(DOMID), VDEV)
         expect(told, "detached", demo.show)
@@ -198,7 +200,11 @@ def main(argv: list[str] | None = None) -> int:
     # Not below /tmp where that is a tmpfs: reads that are served without sleeping need a real file system.
     parser.add_argument("--dir", default="/var/tmp", help="where the image is made (%(default)s)")
     arguments = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp(prefix="evtchnd-demo-", dir=arguments.dir))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="evtchnd-demo-", dir=arguments.dir))
+    except OSError as exc:
+        print(f"demo: --dir {arguments.dir}: {exc.strerror}", file=sys.stderr)
+        return 1
     show = Show()
     demo = Demo(folder, show)
     kept = False

@@ -19,7 +19,7 @@ from typing import Any
 
 from evtchnd.abi import XenbusState
 from evtchnd.blkif import SECTOR_SIZE
-from evtchnd.demo.image import SCRATCH
+from evtchnd.demo.image import SCRATCH, SCRATCH_BYTES
 from evtchnd.errors import EvtchndError
 from evtchnd.guest.blkfront import Blkfront, Completion
 from evtchnd.guest.domain import Domain, GuestFault
@@ -184,7 +184,14 @@ def serve(vm: SoftVmm) -> None:
     written, bad, phases = write_file(disk, fs)
     deep = random_reads(disk, DEPTH, RANDOM_READS)
     shallow = random_reads(disk, 1, RANDOM_READS // 10)
-    tell("result", read=hashes, written=written, bad_blocks=bad, phases=[read, *phases, deep, shallow])
+    tell(
+        "result",
+        read=hashes,
+        written=written,
+        blocks=SCRATCH_BYTES // BLOCK,
+        bad_blocks=bad,
+        phases=[read, *phases, deep, shallow],
+    )
     closing = (str(int(XenbusState.CLOSING)), str(int(XenbusState.CLOSED)), None)
     store.wait_for(f"{disk.bus.backend_path}/state", lambda value: value in closing, IDLE_S)
     disk.disconnect()
