@@ -93,12 +93,13 @@ def _seal(fd: int, what: str) -> None:
         ) from None
 
 
-def check_memfd(fd: int, offset: int, length: int, what: str) -> None:
+def check_memfd(fd: int, offset: int, length: int, what: str, *, hugetlb: bool = False) -> None:
     """VmmError unless `length` bytes at `offset` of `fd` can be mapped and will stay; sets F_SEAL_SHRINK if need be.
 
-    For the pages that the control plane maps: huge pages are refused. `what` begins the error's text.
+    hugetlb: huge pages are fine (a worker's guest memory); a page that the control plane maps refuses them. `what`
+    begins the error's text.
     """
-    _check(fd, offset, length, what, hugetlb=False, foreign=False)
+    _check(fd, offset, length, what, hugetlb=hugetlb, foreign=False)
 
 
 class Region(NamedTuple):

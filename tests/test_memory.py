@@ -189,6 +189,7 @@ def test_huge_pages_are_memory_but_no_control_page() -> None:
     assert is_hugetlb(fd)
     with pytest.raises(VmmError, match="huge pages"):
         check_memfd(fd, 0, 4096, "xenstore page")
+    check_memfd(fd, 0, 2 << 20, "memory slot 0", hugetlb=True)
     if int(Path("/proc/sys/vm/nr_hugepages").read_text()) == 0:
         os.close(fd)
         pytest.skip("no huge page is reserved here (vm.nr_hugepages is 0)")
