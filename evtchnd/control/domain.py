@@ -241,9 +241,10 @@ class Domain:
         if self._page is not None:
             kick, notify = await self.ports.bind(STORE, [self.store_port])
             self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
+        for disk in self.disks.values():
+            toolstack.add_disk(self._server, disk)
         self.running = True
         for disk in list(self.disks.values()):
-            toolstack.add_disk(self._server, disk)
             await self.supervisor.attach(disk)
 
     async def _stop(self) -> None:

@@ -41,6 +41,7 @@ class Owner(Protocol):
     """The domain, as its supervisor sees it."""
 
     domid: int
+    running: bool  # its disks have their nodes
     disks: dict[int, Disk]
 
     def memory_messages(self, id: Callable[[], int]) -> Iterable[tuple[m.Memory, list[int]]]:
@@ -67,6 +68,7 @@ class _Worker:
         self.link: Link | None = None
         self.process: Process | None = None
         self.answers: dict[int, asyncio.Future[m.Done | m.Counted]] = {}
+        self.given: set[int] = set()  # disks that it has got
 
     def send(self, message: m.AnyMessage, fds: Sequence[int] = ()) -> None:
         if self.link is not None:
@@ -148,7 +150,10 @@ class Supervisor:
 
     async def detach(self, disk: Disk) -> None:
         """Takes a disk away; returns when its backend has ended."""
+        worker = self._worker
         await self.change(lambda id: m.Detach(id, disk.devid))
+        if worker is not None:
+            worker.given.discard(disk.devid)
 
     async def counters(self) -> dict[int, dict[str, int]]:
         """Of each device, by number; {} while there is no worker or when it is too busy to tell."""
@@ -199,9 +204,6 @@ class Supervisor:
             self._worker = None
             await self._finish(worker)
             raise
-        for disk in list(owner.disks.values()):
-            if not disk.reason:
-                self._spawn(self._attach(worker, disk))
         return worker
 
     async def _keep(self, worker: _Worker | None) -> None:
@@ -223,6 +225,10 @@ class Supervisor:
             try:
                 worker = await self._begin()
                 self.restarts += 1
+                if self._owner.running:
+                    for disk in list(self._owner.disks.values()):
+                        if not disk.reason:
+                            self._spawn(self._attach(worker, disk))
             except (HostError, VmmError) as exc:
                 worker = None
                 log.error("%s: %s: next try in %g s", self._name, exc, pause)
@@ -257,8 +263,9 @@ class Supervisor:
         if disk.uring >= 0:
             await _drained(disk)
             disk.keep_uring(-1)
-        if self._worker is not worker or disk.fd < 0:
+        if self._worker is not worker or disk.fd < 0 or disk.devid in worker.given:
             return
+        worker.given.add(disk.devid)
         id = next(self._ids)
         attach = m.Attach(id, disk.kind, disk.devid, disk.readonly, disk.cdrom, False, disk.connected)
         answer = await worker.ask(id, attach, [disk.fd, disk.journal])
@@ -297,6 +304,7 @@ class Supervisor:
                 worker.send(m.Done(message.id, reason=self._keep_uring(worker, message)))
             case m.Ended() if message.devid in self._owner.disks:
                 disk = self._owner.disks[message.devid]
+                worker.given.discard(disk.devid)
                 disk.connected = None
                 disk.reason = message.reason
                 self._owner.disk_ended(disk)

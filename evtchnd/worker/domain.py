@@ -46,6 +46,7 @@ class Worker:
         self._binds: dict[int, asyncio.Future[list[int]]] = {}
         self._keeps: dict[int, asyncio.Future[str]] = {}
         self._devices: dict[int, _Running] = {}
+        self._attaching: dict[int, asyncio.Future[None]] = {}
         self._warned = False
         self._domain: _Domain | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -158,22 +159,32 @@ class Worker:
     # -- devices
 
     async def _attach(self, attach: m.Attach, fds: list[int]) -> None:
-        domain = self._ready()
-        disk_fd, journal_fd = fds
-        backend = self._backends.get(attach.kind)
+        devid = attach.devid
         try:
+            domain = self._ready()
+            backend = self._backends.get(attach.kind)
             if backend is None:
                 raise HostError(f"domain {domain.domid}: no backend for {attach.kind}")
-            if attach.devid in self._devices:
-                raise HostError(f"domain {domain.domid}: {attach.kind} {attach.devid} is there already")
-            store = await domain.store
-            completions = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            if devid in self._devices or devid in self._attaching:
+                raise HostError(f"domain {domain.domid}: {attach.kind} {devid} is there already")
         except BaseException:
             close_all(fds)
             raise
-        fds = [*fds, completions]
+        done = self._attaching[devid] = self._loop.create_future()
+        try:
+            await self._begin(domain, attach, backend, fds)
+        finally:
+            del self._attaching[devid]
+            done.set_result(None)
+
+    async def _begin(self, domain: _Domain, attach: m.Attach, backend: Backend, fds: list[int]) -> None:
+        """Starts a device's backend. Takes its descriptors."""
         uring = None
         try:
+            disk_fd, journal_fd = fds
+            store = await domain.store
+            completions = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            fds = [*fds, completions]
             if domain.setup.vbd.engine != "threads":
                 uring = await self._uring(domain, attach.devid, completions)
             device = Device(
@@ -236,6 +247,9 @@ class Worker:
         return uring
 
     async def _detach(self, detach: m.Detach) -> None:
+        attaching = self._attaching.get(detach.devid)
+        if attaching is not None:
+            await asyncio.wait([attaching])
         running = self._devices.get(detach.devid)
         if running is not None:
             await running.end()
