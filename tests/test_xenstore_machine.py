@@ -131,6 +131,7 @@ class StoreMachine(RuleBasedStateMachine):
     def start(self, who: int) -> tuple[int, int]:
         if len(self.conns[who].transactions) == 10:
             self.raw_end(who, next(iter(self.conns[who].transactions)), b"F\0")
+            self.conns[who].clear()
         conn = self.conns[who]
         handle(self.store, conn, Op.TRANSACTION_START, 1, 0, b"\0")
         tx = int(conn.take()[16:-1])

@@ -375,6 +375,7 @@ def test_a_transaction_sees_its_own_root(tool: Guest) -> None:
         ([("rm", "/a")], [("write", "/a/new", "9")], "EAGAIN"),
         ([("write", "/a/n/m", "8")], [("write", "/a/n", "9")], "EAGAIN"),
         ([("chmod", "/a", "b0")], [("write", "/a/child", "9")], OK),
+        ([("chmod", "/a", "b0")], [("write", "/a", "9")], "EAGAIN"),
     ],
 )
 def test_conflicts_are_found_by_path(

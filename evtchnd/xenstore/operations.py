@@ -233,7 +233,8 @@ def _set_perms(request: Request) -> bytes:
     path = _path(request, texts[0], special=True, write=True)
     if conn.confine is not None:
         raise XenStoreError("EACCES", "permissions are the toolstack's")
-    node = _find(request, path, wire.PERM_WRITE | wire.PERM_OWNER, PERMS)
+    # A commit writes the node as a whole: its value is relied on, too
+    node = _find(request, path, wire.PERM_WRITE | wire.PERM_OWNER, VALUE)
     if node is None:
         raise XenStoreError("ENOENT")
     if not conn.privileged:
