@@ -96,7 +96,7 @@ async def _serve(
 
 
 async def _keep(listening: Listening, notifier: sdnotify.Notifier) -> None:
-    """Into the descriptor store: sockets there take connections while nobody is here. Those of units are kept anyway."""
+    """Into the descriptor store: sockets there take connections while nobody is here. Those of units are anyway."""
     if not listening.made:
         return
     try:

@@ -274,6 +274,23 @@ async def test_an_idle_connection_is_closed(tmp_path: Path) -> None:
         assert await client.is_closed()
 
 
+async def test_a_client_that_does_not_read_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers are dropped with it: they may not lie here for as long as it likes."""
+    monkeypatch.setattr(varlink, "_WRITE_S", 0.1)
+    async with served(Sums(), tmp_path / "s"), Raw.to(tmp_path / "s") as client:
+        assert await client.call("org.example.sum.Add", parameters={"a": 1, "b": 2})
+        connected = len(os.listdir("/proc/self/fd"))
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        about = {"method": f"{S}.GetInterfaceDescription", "parameters": {"interface": S}}
+        ask = json.dumps(about).encode() + b"\0"
+        client.writer.write(ask * 20_000)
+        async with asyncio.timeout(60):
+            while len(os.listdir("/proc/self/fd")) >= connected:
+                await asyncio.sleep(0.05)
+        async with Raw.to(tmp_path / "s") as other:
+            assert await other.call("org.example.sum.Add", parameters={"a": 1, "b": 2})
+
+
 async def test_a_client_that_leaves_does_not_stop_what_it_asked_for(tmp_path: Path) -> None:
     sums = Sums()
     async with served(sums, tmp_path / "s"):
