@@ -344,7 +344,7 @@ async def test_read_only_and_unknown(ram: Ram, image: Path, engine: str) -> None
     await bench.close()
 
 
-async def test_more_than_the_ring_takes_waits_in_order(ram: Ram, image: Path) -> None:
+async def test_more_than_the_ring_takes_waits(ram: Ram, image: Path) -> None:
     bench = Bench(ram, image, "uring", entries=4)
     forget(bench.fd)
     for number in range(100):
@@ -357,14 +357,43 @@ async def test_more_than_the_ring_takes_waits_in_order(ram: Ram, image: Path) ->
     await bench.close()
 
 
-async def test_a_non_blocking_descriptor_is_made_blocking(ram: Ram, image: Path, engine: str) -> None:
-    bench = Bench(ram, image, engine)
-    os.set_blocking(bench.fd, False)
+async def test_a_non_blocking_descriptor_is_made_blocking(ram: Ram, image: Path) -> None:
+    fd = os.open(image, os.O_RDWR | os.O_NONBLOCK)
+    RawDisk(fd, readonly=False, uring=None, eventfd=0)
+    assert os.get_blocking(fd)
+    os.close(fd)
+
+
+async def test_short_results_go_on_behind_what_is_done(ram: Ram, image: Path) -> None:
+    bench = Bench(ram, image, "uring")
+    source, fill = os.pipe()
+    saved = os.dup(bench.fd)
+    os.dup2(source, bench.fd)  # gives what is there, as a file may
+    bench.disk.is_block = True
+    data = random.Random(3).randbytes(8192)
+    id = bench.ask(READ, 0, bench.front.data(0, 2))
+    for start, end in ((0, 1000), (1000, 5000), (5000, 8192)):
+        assert bench.statuses == {}
+        os.write(fill, data[start:end])
+        tag = bench.disk._tag
+        async with asyncio.timeout(30):
+            while not bench.statuses and bench.disk._tag == tag:
+                bench.collect()
+                await asyncio.sleep(0)
+    assert bench.statuses == {id: OKAY}
+    assert bench.page(0) + bench.page(2) == data
+    os.dup2(saved, bench.fd)
+    for fd in (source, fill, saved):
+        os.close(fd)
     await bench.close()
-    bench = Bench(ram, image, engine)
-    forget(bench.fd)
-    assert await bench.answer(READ, 0, bench.front.data(0)) == OKAY
-    await bench.close()
+
+
+async def test_an_answer_that_nobody_took_is_pending(bench: Bench) -> None:
+    assert not bench.disk.pending()
+    bench.ask(WRITE, 0, bench.front.data(0))
+    assert bench.disk.pending()
+    bench.collect()
+    assert not bench.disk.pending()
 
 
 async def test_close_waits_and_leaves_nothing(ram: Ram, image: Path, engine: str) -> None:
