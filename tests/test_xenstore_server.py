@@ -359,6 +359,38 @@ async def test_xsa_326_a_guest_that_takes_no_replies_is_not_listened_to(
     guest.close()
 
 
+async def test_a_guest_waits_for_those_who_do_not_read_its_events(
+    server: Server, guest_of: Callable[..., FrontRing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Domain 8 leaves the events of domain 7 unread: 7 gets on when 8 reads, or when it has waited enough."""
+    guest, other = guest_of(7), guest_of(8)
+    monkeypatch.setattr("evtchnd.xenstore.server.EXPIRE_S", 0.01)
+    server.write("/local/domain/7/data", "", perms=["n7", "r8"])
+    assert await other.ask(Op.WATCH, b"/local/domain/7/data\0" + b"t" * 500 + b"\0") == b"OK\0"
+    other.take()
+    data = b"".join(wire.pack(Op.WRITE, number, 0, b"data/%d\0" % number) for number in range(60))
+    sending = asyncio.ensure_future(guest.send(data))
+    for number in range(20):
+        assert (await guest.receive())[1] == number
+    await until(lambda: guest.ring.conn.busy)
+    held = server.store.tree.get(b"/local/domain/7/data")
+    assert held is not None
+    assert len(held.names()) < 30
+    monkeypatch.setattr(server.store.refusals, "clock", lambda: float("inf"))
+    for number in range(20, 30):
+        assert (await guest.receive())[1] == number
+    monkeypatch.undo()
+    got = 1
+    for number in range(30, 60):
+        while guest.ring.conn.busy:
+            await other.receive()
+            got += 1
+        assert (await guest.receive())[1] == number
+    await sending
+    guest.close()
+    other.close()
+
+
 async def test_a_ring_is_reconnected(server: Server, guest_of: Callable[..., FrontRing]) -> None:
     guest = guest_of(start=77)
     await guest.ask(Op.WATCH, b"data\0tok\0")

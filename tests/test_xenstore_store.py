@@ -541,7 +541,7 @@ def test_xsa_326_events_that_nobody_reads_are_bounded(store: XenStore, tool: Gue
     for number in range(500):
         tool.write(f"/local/domain/7/data/{number}")
     assert guest.conn.out_bytes <= 10_000
-    assert store.refusals.counts[7, "memory"] > 0
+    assert store.refusals.counts[7, "memory_bytes"] > 0
     assert len(guest.events()) > 100
 
 
@@ -681,3 +681,34 @@ def test_a_worker_reaches_its_guest_only(
     worker = Guest(store, 0, confine=7)
     assert worker.ask(op, payload) == reply
     assert store.check() == []
+
+
+def test_who_fires_events_waits_until_they_are_read(tool: Guest) -> None:
+    now = [0.0]
+    store = XenStore(clock=lambda: now[0])
+    tool = Guest(store, 0)
+    guest = boot(store, tool, 7)
+    tool.watch("/local/domain/7/data")
+    tool.events()
+    for number in range(20):
+        assert not guest.conn.busy
+        guest.write(f"data/{number}")
+        guest.events()
+    assert (guest.conn.caused, guest.conn.busy) == (20, True)
+    tool.events()
+    assert (guest.conn.caused, guest.conn.busy) == (0, False)
+    assert guest.conn in store.ready
+    for number in range(20):
+        guest.write(f"data/{number}")
+    now[0] = 19.0
+    assert store.expire()
+    assert guest.conn.caused == 20
+    now[0] = 20.0
+    assert not store.expire()
+    assert guest.conn.caused == 0
+    # they are not lost, and not counted twice
+    assert len(tool.events()) == 20
+    assert guest.conn.caused == 0
+    guest.write("data/x")
+    store.disconnect(tool.conn)
+    assert guest.conn.caused == 0

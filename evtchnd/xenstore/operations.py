@@ -45,6 +45,7 @@ Handler = Callable[[Request], bytes | None]
 def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
     """Serve one request. Never raises for what a client sends."""
     now = store.now
+    store.cause = None if conn.privileged else conn
     try:
         handler, flags = _OPERATIONS.get(op, _UNKNOWN)
         if flags & _TOOLS and (conn.domid != 0 or conn.confine is not None):
@@ -73,6 +74,8 @@ def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, 
     else:
         if body is not None:
             conn.reply(op, req_id, tx_id, body)
+    finally:
+        store.cause = None
 
 
 def _refuse(request: Request, quota: str, value: int, limit: int) -> NoReturn:

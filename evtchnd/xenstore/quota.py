@@ -37,7 +37,8 @@ class Quotas:
     node_bytes: int = 2048
     # Watch events that wait for the client; beyond it they are dropped, as the C server does
     memory_bytes: int = 2_621_440
-    # A client that takes nothing for so long while events wait is disconnected
+    # An event that another guest's request has fired counts as that request's reply until it is taken: who fires faster
+    # than is read has to wait, but for so long at most
     unread_s: float = 20.0
 
 
@@ -49,7 +50,7 @@ class Refusals:
     """Counts what quotas refuse, and says it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+        self.clock = clock
         self._said: dict[tuple[int, str], float] = {}
         self.counts: dict[tuple[int, str], int] = {}
 
@@ -57,7 +58,7 @@ class Refusals:
         """One refusal of `operation`: `value` is above `limit`."""
         key = domid, quota
         self.counts[key] = self.counts.get(key, 0) + 1
-        now = self._clock()
+        now = self.clock()
         if now - self._said.get(key, float("-inf")) >= 1.0:
             self._said[key] = now
             log.warning(
@@ -101,20 +102,9 @@ class Connection:
     """
 
     __slots__ = (
-        *(
-            "_readable",
-            "_writable",
-            "confine",
-            "domain",
-            "domid",
-            "flush",
-            "home",
-            "next_tx",
-            "on_close",
-            "out",
-            "out_bytes",
-        ),
-        *("overflowed", "privileged", "quotas", "ready", "refusals", "replies", "transactions", "unread", "watches"),
+        *("_readable", "_writable", "caused", "confine", "domain", "domid", "flush", "home", "next_tx", "on_close"),
+        *("out", "out_bytes", "overflowed", "privileged", "quotas", "ready", "refusals", "replies", "transactions"),
+        *("unread", "watches"),
     )
 
     def __init__(
@@ -133,7 +123,9 @@ class Connection:
         self.out: deque[bytes] = deque()
         self.out_bytes = 0
         self.replies = 0
-        self.unread: set[bytes] = set()
+        # Events that wait: whose request has fired them (None: domain 0's), and when
+        self.unread: dict[bytes, tuple[Connection | None, float]] = {}
+        self.caused = 0
         self.ready = ready
         self.on_close: Callable[[str], None] | None = None
         self.flush: Callable[[], None] | None = None
@@ -171,23 +163,44 @@ class Connection:
         self.replies += 1
         self.ready[self] = None
 
-    def event(self, path: bytes, token: bytes) -> None:
-        """Queue a watch event, unless the same one waits already (special ones name no domain: each of them counts)."""
+    def event(self, path: bytes, token: bytes, cause: Connection | None = None) -> None:
+        """Queue a watch event, unless the same one waits already (special ones name no domain: each of them counts).
+
+        `cause`: the guest whose request fires it.
+        """
         payload = b"%b\0%b\0" % (path, token)
         size = wire.HEADER_SIZE + len(payload)
         if len(payload) > wire.PAYLOAD_MAX or (path[:1] != b"@" and payload in self.unread):
             return
         limit = PRIVILEGED_OUT_MAX if self.quotas is None else self.quotas.memory_bytes
         if self.out_bytes + size > limit:
-            self.refusals.note(self.domid, "WATCH_EVENT", "memory", self.out_bytes + size, limit)
+            self.refusals.note(self.domid, "WATCH_EVENT", "memory_bytes", self.out_bytes + size, limit)
             # A domain-0 tool would wait for ever for what was dropped
             self.overflowed = self.overflowed or self.privileged
             self.ready[self] = None
             return
-        self.unread.add(payload)
+        if path[:1] != b"@":
+            self.unread[payload] = cause, self.refusals.clock()
+            if cause is not None:
+                cause.caused += 1
         self.out.append(wire.pack(Op.WATCH_EVENT, 0, 0, payload))
         self.out_bytes += size
         self.ready[self] = None
+
+    def _settled(self, payload: bytes) -> None:
+        cause, _ = self.unread.pop(payload, (None, 0.0))
+        if cause is not None:
+            cause.caused -= 1
+            # It may be waiting for just this
+            self.ready[cause] = None
+
+    def expire(self, before: float) -> None:
+        """Events that have waited since `before` hold up nobody any more; they stay in the queue."""
+        for payload, (cause, since) in list(self.unread.items()):
+            if cause is not None and since <= before:
+                self.unread[payload] = None, since
+                cause.caused -= 1
+                self.ready[cause] = None
 
     def new_tx_id(self) -> int:
         """A transaction id that is not in use; never 0."""
@@ -200,7 +213,8 @@ class Connection:
     def clear(self) -> None:
         """Forget what waits to be sent."""
         self.out.clear()
-        self.unread.clear()
+        for payload in list(self.unread):
+            self._settled(payload)
         self.out_bytes = self.replies = 0
 
     def take(self) -> bytes:
@@ -208,7 +222,7 @@ class Connection:
         message = self.out.popleft()
         self.out_bytes -= len(message)
         if message[0] == Op.WATCH_EVENT:
-            self.unread.discard(message[wire.HEADER_SIZE :])
+            self._settled(message[wire.HEADER_SIZE :])
         else:
             self.replies -= 1
         return message
@@ -217,4 +231,4 @@ class Connection:
     def busy(self) -> bool:
         """So much waits to be sent that no request is taken from the client now."""
         limit = 20 if self.quotas is None else self.quotas.outstanding
-        return self.replies >= limit
+        return self.replies + self.caused >= limit

@@ -57,6 +57,7 @@ class RingConnection:
         self._stream = ByteStream(self._view, XENSTORE, side="back")
         self._parser = wire.Parser()
         self._sending = b""
+        self._waiting = False  # a request may lie in the ring, untouched
         self._dirty = False  # something was consumed or produced: the guest is notified once
         self._turn: asyncio.Handle | None = None
         self._kick = _own(kick)
@@ -102,8 +103,12 @@ class RingConnection:
         for _ in range(BATCH):
             self._send()
             if conn.busy:
-                # Not listened to until it has taken replies; then it kicks
+                # Not listened to until it has taken replies (then it kicks), or others the events that it has fired
+                self._waiting = True
+                if conn.caused:
+                    self._server.expire_later()
                 return False
+            self._waiting = False
             message = parser.next()
             if message is None:
                 data = self._stream.read(wire.HEADER_SIZE + wire.PAYLOAD_MAX)
@@ -133,6 +138,9 @@ class RingConnection:
     def _flush(self) -> None:
         """An event has come up by somebody else's request."""
         if self._turn is not None or self.closed:
+            return
+        if self._waiting and not self.conn.busy:
+            self._turn = self._loop.call_soon(self._pump)
             return
         try:
             self._send()

@@ -33,6 +33,7 @@ BATCH = 32
 HIGH_WATER = 65536
 # Clients of the socket: each costs a descriptor and some KiB; the C server has no limit but RLIMIT_NOFILE
 CLIENTS_MAX = 4096
+EXPIRE_S = 1.0
 
 
 class SocketConnection(asyncio.Protocol):
@@ -133,6 +134,7 @@ class Server(LocalAccess):
         self._listeners: list[asyncio.Server] = []
         self._paths: list[Path] = []
         self._opening: set[asyncio.Task[None]] = set()
+        self._expiry: asyncio.TimerHandle | None = None
 
     # ---- transports
 
@@ -236,6 +238,17 @@ class Server(LocalAccess):
             if conn.flush is not None:
                 conn.flush()
 
+    def expire_later(self) -> None:
+        """A guest waits for others to take events that it has fired: look now and then whether it has waited enough."""
+        if self._expiry is None:
+            self._expiry = asyncio.get_running_loop().call_later(EXPIRE_S, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        if self.store.expire():
+            self.expire_later()
+        self.flush()
+
     async def close(self) -> None:
         """Stop listening, close every connection, remove the socket's file. Idempotent."""
         for listener in self._listeners:
@@ -245,6 +258,9 @@ class Server(LocalAccess):
             with suppress(OSError):
                 file.unlink()
         self._paths.clear()
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
         if self._opening:
             await asyncio.wait(list(self._opening))
         for connection in list(self.connections.values()):

@@ -29,7 +29,7 @@ class XenStore:
     domains         those that are introduced, named in permissions or connected
     ready           connections that have something new to send
     generation      goes up with every change
-    `clock` (seconds) is for the rate of log lines only.
+    `clock` (seconds) is for the rate of log lines and the age of events.
     """
 
     def __init__(self, quotas: Quotas | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,6 +40,8 @@ class XenStore:
         self.ready: dict[Connection, None] = {}
         self.watches = Watches()
         self.generation = 1
+        # The guest whose request is being served: it pays for the events
+        self.cause: Connection | None = None
         self.now = Transaction(Tree.empty(DOMAIN_0, (INTRODUCED, RELEASED)), record=False)
         self.domain(0)
 
@@ -81,6 +83,14 @@ class XenStore:
             conn.domain.connections -= 1
             del self.connections[conn]
             self.ready.pop(conn, None)
+
+    def expire(self) -> bool:
+        """Whoever waits for others to take its events waits for `unread_s` at most. True: somebody still waits."""
+        before = self.refusals.clock() - self.quotas.unread_s
+        for conn in self.connections:
+            if conn.unread:
+                conn.expire(before)
+        return any(conn.caused for conn in self.connections)
 
     def reset(self, conn: Connection) -> None:
         """Watches, transactions and what waits to be sent go: a ring was reconnected."""
@@ -201,7 +211,7 @@ class XenStore:
             if permitted is None:
                 permitted = allowed[conn] = conn.privileged or self._may_see(conn, path, old)
             if permitted:
-                conn.event(path[watch.strip :], watch.token)
+                conn.event(path[watch.strip :], watch.token, self.cause)
 
     def _may_see(self, conn: Connection, path: bytes, old: Node | None) -> bool:
         """The node, as it is or was, or its parent is readable (XSA-115); a special one by its own permissions."""
