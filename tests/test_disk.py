@@ -223,17 +223,31 @@ async def test_whole_pages_are_written_inline_parts_are_not(bench: Bench) -> Non
 
 
 async def test_writes_that_the_kernel_holds_up_leave_the_loop(ram: Ram, image: Path, engine: str) -> None:
-    now = [0]
+    now, step = [0], 1000
     bench = Bench(ram, image, engine, clock=lambda: now.append(now[-1] + step) or now[-1])
-    step = SLOW_NS + 1
-    assert await bench.answer(WRITE, 0, bench.front.data(0)) == OKAY
-    step = 1000
-    for _ in range(10):
+    inline = 0
+
+    async def write(*, slow: bool = False) -> bool:
+        """Whether it was inline."""
+        nonlocal step, inline
+        step = SLOW_NS + 1 if slow else 1000
         assert await bench.answer(WRITE, 0, bench.front.data(0)) == OKAY
-    assert bench.disk.inline == 1
-    now.append(now[-1] + 1_000_000_000)
-    assert await bench.answer(WRITE, 0, bench.front.data(0)) == OKAY
-    assert bench.disk.inline == 2
+        before, inline = inline, bench.disk.inline
+        return inline > before
+
+    assert await write()
+    for cool in (100_000_000, 200_000_000, 400_000_000):
+        assert await write(slow=True)
+        for _ in range(10):
+            assert not await write()
+        now.append(now[-1] + cool - 1_000_000)
+        assert not await write()
+        now.append(now[-1] + 1_000_000)
+        assert await write()
+    now.append(now[-1] + 10_000_000_000)
+    assert await write(slow=True)
+    now.append(now[-1] + 100_000_000)
+    assert await write()
     await bench.close()
 
 

@@ -53,8 +53,9 @@ INLINE_BYTES = 128 << 10
 """A larger write copies for longer than a slice of polling lasts; the kernel's workers do it beside the loop."""
 SLOW_NS = 2_000_000
 """An inline write that took longer was held up by the kernel (dirty throttling, a full journal): 4 KiB takes 5 us."""
-COOL_NS = 1_000_000_000
-"""For so long writes then go the other way; the kernel pauses a writer for 200 ms at most, and goes on doing so."""
+COOL_NS, LONGEST_COOL_NS = 100_000_000, 1_600_000_000
+"""For so long writes then go the other way, twice as long if it happens again soon. The kernel pauses a writer for
+200 ms at most, and goes on doing so; a CPU that was taken away for a moment looks the same, and is no reason."""
 TELL_NS = 60_000_000_000
 """One log line a minute for each kind of error."""
 
@@ -109,7 +110,8 @@ class RawDisk:
         self._engine: Engine = uring or Threads(eventfd)
         self._poller = poller
         self._clock = clock
-        self._inline_from = 0
+        self._cool = COOL_NS // 2
+        self._inline_from = clock()
         self._told: dict[str, int] = {}
         self._tag = 0
         # tag -> [req, offset, bytes left]; flushes and discards have 0 bytes left
@@ -225,7 +227,9 @@ class RawDisk:
         result = req.pwritev(self.fd, offset)
         ended = self._clock()
         if ended - began > SLOW_NS:
-            self._inline_from = ended + COOL_NS
+            again = began - self._inline_from < LONGEST_COOL_NS
+            self._cool = min(2 * self._cool, LONGEST_COOL_NS) if again else COOL_NS
+            self._inline_from = ended + self._cool
         self.inline += 1
         if result == want:
             self._done.append((req, Status.OKAY))
