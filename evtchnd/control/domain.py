@@ -126,7 +126,9 @@ class Domain:
             number = entry.index
         if number >= most:
             raise VmmError(f"{self.label}: {what}: the limit is {most}", errno.ERANGE)
-        memory.check_memfd(fd, entry.offset, pages * PAGE_SIZE, f"{self.label}: {what}")
+        # only the worker maps these: huge pages are fine as guest memory
+        huge = isinstance(entry, p.MemoryEntry)
+        memory.check_memfd(fd, entry.offset, pages * PAGE_SIZE, f"{self.label}: {what}", hugetlb=huge)
 
     async def add_slot(self, entry: p.MemoryEntry, fd: int) -> None:
         """Takes `fd`. VmmError: the slot is there, or overlaps another."""

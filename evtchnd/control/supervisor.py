@@ -261,7 +261,7 @@ class Supervisor:
 
     async def _attach(self, worker: _Worker, disk: Disk) -> None:
         if disk.uring >= 0:
-            await _drained(disk)
+            await drained(disk)
             disk.keep_uring(-1)
         if self._worker is not worker or disk.fd < 0 or disk.devid in worker.given:
             return
@@ -336,7 +336,7 @@ def _settle(future: asyncio.Future[str], text: str) -> None:
         future.set_result(text)
 
 
-async def _drained(disk: Disk) -> None:
+async def drained(disk: Disk) -> None:
     """Waits until the requests that a dead worker left to the kernel have ended."""
     loop = asyncio.get_running_loop()
     warn = loop.time() + _SLOW_S
