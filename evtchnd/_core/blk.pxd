@@ -3,7 +3,7 @@ cimport cython
 from evtchnd._core.pins cimport Pins
 from evtchnd._core.req cimport Req
 from evtchnd._core.words cimport (
-    Area, Mem, copy, fence, get8, get16, get32, get64, ld32, put8, put16, put32, put64, st32, st64, sys_preadv,
+    Area, Mem, copy, fence, get8, get16, get32, get64, ld32, put8, put16, put32, put64, st32, st64, sys_preadv, u32,
 )
 
 

@@ -45,6 +45,7 @@ if not cython.compiled:
         st32,
         st64,
         sys_preadv,
+        u32,
     )
 
 if TYPE_CHECKING:
@@ -209,8 +210,8 @@ class BlkRing:
     def available(self) -> int:
         """Requests not taken yet. The guest may say anything: behind req_cons, or more than the ring holds."""
         prod = ld32(self.area.p, 0)
-        waiting = (prod - self.req_cons) & 0xFFFFFFFF
-        if waiting > self.size or (prod - self.published) & 0xFFFFFFFF > self.size:
+        waiting = u32(prod - self.req_cons)
+        if waiting > self.size or u32(prod - self.published) > self.size:
             raise GuestError(
                 f"ring: request index jumped: req_prod {prod:#x}, taken up to {self.req_cons:#x}, "
                 f"answered up to {self.published:#x}, {self.size} entries"
@@ -272,7 +273,7 @@ class BlkRing:
         self.parse(req, entry)
         st32(self.jp, base, 1)  # INFLIGHT
         self.consumed += 1
-        self.req_cons = self.consumed & 0xFFFFFFFF
+        self.req_cons = u32(self.consumed)
         st64(self.jp, 16, self.consumed)
         self.inflight += 1
         self.requests += 1
@@ -427,7 +428,7 @@ class BlkRing:
         put32(self.jp, base + 4, self.rsp_prod)
         st32(self.jp, base, 2 | (status & 0xFFFF) << 16)  # DONE
         self.respond(self.rsp_prod, req.id, req.op, status)
-        self.rsp_prod = (self.rsp_prod + 1) & 0xFFFFFFFF
+        self.rsp_prod = u32(self.rsp_prod + 1)
         put32(self.batch.p, 4 * self.batch_count, req.entry)
         self.batch_count += 1
         self.held[req.entry] = None
@@ -466,7 +467,7 @@ class BlkRing:
         self.batch_count = 0
         st32(self.jp, 24, new)  # published
         self.published = new
-        return (new - event) & 0xFFFFFFFF < (new - old) & 0xFFFFFFFF
+        return u32(new - event) < u32(new - old)
 
     def arm(self) -> bool:
         """Ask for a kick at the next request; True: there is one already, do not sleep."""
@@ -475,7 +476,7 @@ class BlkRing:
         if ld32(self.area.p, 0) != self.req_cons:
             return True
         # from what was consumed, never from req_prod read again: a request in between would never kick
-        st32(self.area.p, 4, (self.req_cons + 1) & 0xFFFFFFFF)
+        st32(self.area.p, 4, u32(self.req_cons + 1))
         fence()
         return ld32(self.area.p, 0) != self.req_cons
 

@@ -32,8 +32,13 @@ class Frames:
         self.rows = Mem(bytearray(ROW * 2 * max_slots))
         self.order: list[int] = []  # live rows by gfn
         self.free = list(range(2 * max_slots - 1, -1, -1))
-        self.last = 0
         self.held = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """No row was looked up last."""
+        self.last = -1
+        self.last_first = self.last_pages = self.last_address = 0
 
     def full(self) -> bool:
         """No row is free: too many removed slots are still held."""
@@ -57,6 +62,7 @@ class Frames:
     def retire(self, row: int) -> bool:
         """Take a row out of every later look-up. True: nothing holds it; else `idle(row)` is called when that is so."""
         self.order = [other for other in self.order if other != row]
+        self.forget()
         put64(self.rows.p, row * ROW + PAGES, 0)
         if get64(self.rows.p, row * ROW + HOLDS):
             return False
@@ -75,10 +81,7 @@ class Frames:
         return self.find(gfn) if 0 <= gfn < 1 << 52 else -1
 
     def find(self, gfn: int) -> int:
-        base = self.last * ROW
-        first = get64(self.rows.p, base)
-        if gfn >= first and gfn - first < get64(self.rows.p, base + PAGES):
-            return self.last
+        """The live row that has this frame, or -1. What it finds is what `last...` says next."""
         low = 0
         high = len(self.order)
         while low < high:
@@ -90,26 +93,17 @@ class Frames:
                 high = middle
             elif gfn - first < get64(self.rows.p, base + PAGES):
                 self.last = row
+                self.last_first = first
+                self.last_pages = get64(self.rows.p, base + PAGES)
+                self.last_address = get64(self.rows.p, base + ADDRESS)
                 return row
             else:
                 low = middle + 1
         return -1
 
-    def address_in(self, row: int, gfn: int) -> int:
-        return get64(self.rows.p, row * ROW + ADDRESS) + ((gfn - get64(self.rows.p, row * ROW)) << 12)
-
-    def hold(self, row: int) -> int:
-        base = row * ROW + HOLDS
-        put64(self.rows.p, base, get64(self.rows.p, base) + 1)
-        self.held += 1
-        return 0
-
-    def unhold(self, row: int) -> int:
-        base = row * ROW
-        left = get64(self.rows.p, base + HOLDS) - 1
-        put64(self.rows.p, base + HOLDS, left)
-        self.held -= 1
-        if left == 0 and get64(self.rows.p, base + PAGES) == 0:
+    def unheld(self, row: int) -> int:
+        """The last hold of `row` is gone."""
+        if get64(self.rows.p, row * ROW + PAGES) == 0:
             self.free.append(row)
             self.idle(row)
         return 0

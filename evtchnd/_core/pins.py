@@ -79,16 +79,21 @@ class Pins:
         else:
             self.mark(frame, gref, write, False)
             gfn = ld32(frame.p, ((gref & 511) << 3) + 4)
-            row = self.memory.find(gfn)
-            if row < 0:
-                and16(frame.p, (gref & 511) << 3, 0xFFE7)
-                raise GuestError(f"grant {gref}: frame {gfn:#x} is in no memory slot")
-            address = self.memory.address_in(row, gfn)
+            memory = self.memory
+            first = memory.last_first
+            # one slot holds nearly all of a guest: no call for it
+            if gfn < first or gfn - first >= memory.last_pages:
+                if memory.find(gfn) < 0:
+                    and16(frame.p, (gref & 511) << 3, 0xFFE7)
+                    raise GuestError(f"grant {gref}: frame {gfn:#x} is in no memory slot")
+                first = memory.last_first
+            row = memory.last
+            address = memory.last_address + ((gfn - first) << 12)
             put32(self.act.p, at + 8, row)
             put32(self.act.p, at + 12, gfn)
             put64(self.act.p, at + 16, address)
             self.row = row
-        self.memory.hold(self.row)
+        self.hold(self.row)
         if write:
             put32(self.act.p, at + 4, writers + 1)
         else:
@@ -123,7 +128,23 @@ class Pins:
             frame = self.frames[gref >> 9]
             if frame is not None:  # the VMM may have taken the table away meanwhile
                 and16(frame.p, (gref & 511) << 3, 0xFFFF ^ clear)
-        self.memory.unhold(get32(self.act.p, at + 8))
+        return self.unhold(get32(self.act.p, at + 8))
+
+    def hold(self, row: int) -> int:
+        base = row * 32 + 24  # frames.ROW, HOLDS
+        rows = self.memory.rows
+        put64(rows.p, base, get64(rows.p, base) + 1)
+        self.memory.held += 1
+        return 0
+
+    def unhold(self, row: int) -> int:
+        base = row * 32 + 24
+        rows = self.memory.rows
+        left = get64(rows.p, base) - 1
+        put64(rows.p, base, left)
+        self.memory.held -= 1
+        if left == 0:
+            self.memory.unheld(row)
         return 0
 
     def mark(self, frame: Mem, gref: int, write: bool, checked: bool) -> int:

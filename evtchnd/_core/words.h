@@ -27,6 +27,9 @@ static inline uint32_t ev_cas32(char *p, Py_ssize_t off, uint32_t expected, uint
 }
 static inline void ev_and16(char *p, Py_ssize_t off, uint16_t mask) { __atomic_fetch_and((uint16_t *)(p + off), mask, __ATOMIC_SEQ_CST); }
 
+/* Free-running indices: modulo 2^32. */
+static inline uint32_t ev_u32(uint64_t value) { return (uint32_t)value; }
+
 static inline uint8_t ev_get8(const char *p, Py_ssize_t off) { return (uint8_t)p[off]; }
 static inline uint16_t ev_get16(const char *p, Py_ssize_t off) { uint16_t v; memcpy(&v, p + off, 2); return v; }
 static inline uint32_t ev_get32(const char *p, Py_ssize_t off) { uint32_t v; memcpy(&v, p + off, 4); return v; }

@@ -10,6 +10,7 @@ cdef extern from "words.h" nogil:
     void fence "ev_fence" ()
     uint32_t cas32 "ev_cas32" (char *p, Py_ssize_t off, uint32_t expected, uint32_t desired)
     void and16 "ev_and16" (char *p, Py_ssize_t off, uint16_t mask)
+    uint32_t u32 "ev_u32" (uint64_t value)
     uint8_t get8 "ev_get8" (const char *p, Py_ssize_t off)
     uint16_t get16 "ev_get16" (const char *p, Py_ssize_t off)
     uint32_t get32 "ev_get32" (const char *p, Py_ssize_t off)

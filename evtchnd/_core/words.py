@@ -65,6 +65,10 @@ if not cython.compiled:
     def st64(p: Mem, off: int, value: int) -> None:
         p.v64[off >> 3] = value
 
+    def u32(value: int) -> int:
+        """Modulo 2^32, as free-running indices are. (A mask in the source would be a Python integer when compiled.)"""
+        return value & 0xFFFFFFFF
+
     def fence() -> None:
         """A full barrier: no later load passes an earlier store. Taking a lock is a locked instruction on x86."""
         with _lock:
