@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from evtchnd.abi import PAGE_SIZE, XenbusState
 from evtchnd.blkif import (
@@ -36,7 +36,8 @@ _TABLE_PAGE = SEGMENTS_PER_INDIRECT_PAGE * SEGMENT.size
 _NAP = 1.0
 
 
-class Completion(NamedTuple):
+@dataclass(slots=True)
+class Completion:
     """One answered request. `data` is what a READ brought (bytes), else b""."""
 
     ident: int
