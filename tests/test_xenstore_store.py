@@ -512,7 +512,9 @@ def test_xsa_322_417_a_reused_domid_inherits_nothing(store: XenStore, tool: Gues
     other.write("data/for-9")
     other.chmod("data/for-9", "n8", "r9")  # domain 9 is not there yet
     first.write("data/mine")
+    tool.chmod("@releaseDomain", "n7", "r7")
     store.release(7)
+    assert tool.ask(Op.GET_PERMS, b"@releaseDomain\0") == b"n0\0"
     assert "7" not in str(tool.ls("/local/domain"))
     assert tool.ask(Op.GET_PERMS, b"/shared\0") == b"n0\0r8\0"
     assert tool.read("/given") == "ENOENT"
