@@ -1,0 +1,62 @@
+"""The lab by hand: `python tests/lab prepare [--if-possible]`, `python tests/lab run [--memory MIB] ... -- COMMAND...`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parent.parent)
+
+from lab import machine, prepare  # noqa: E402
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Boots, streams the command's output, -> its exit status."""
+    lab = prepare.find()
+    for boot in range(1, machine.BOOTS + 1):
+        options = {"memory": arguments.memory, "cpus": arguments.cpus, "limit": arguments.limit}
+        with machine.Machine(lab, arguments.command, cwd=Path.cwd(), **options) as lab_machine:
+
+            def pass_on(source: machine.Machine = lab_machine) -> None:
+                sys.stdout.buffer.write(source.new("output"))
+                sys.stdout.buffer.flush()
+
+            try:
+                return lab_machine.wait(pass_on)
+            except machine.LabDied as died:
+                pass_on()
+                # what has run may have had effects that the caller sees: only a boot is tried again
+                if died.came_up or boot == machine.BOOTS:
+                    raise
+                print(died, file=sys.stderr)
+    raise AssertionError("not reached")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests/lab", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    preparing = verbs.add_parser("prepare", help="make the lab, if it is not there")
+    preparing.add_argument("--if-possible", action="store_true", help="exit status 0 where it cannot be made, too")
+    running = verbs.add_parser("run", help="boot the lab and run a command in this folder, as root")
+    running.add_argument("--memory", type=int, default=machine.MEMORY_MIB, help="MiB (%(default)s)")
+    running.add_argument("--cpus", type=int, default=machine.CPUS, help="(%(default)s)")
+    running.add_argument("--limit", type=float, default=3600.0, help="seconds for all of it (%(default)s)")
+    running.add_argument("command", nargs="+", metavar="COMMAND", help="after a --, with its arguments")
+    arguments = parser.parse_args()
+    try:
+        if arguments.verb == "run":
+            return run(arguments)
+        lab = prepare.prepare()
+        print(f"lab: ready in {lab.folder}")
+    except machine.LabMissing as exc:
+        print(f"lab: {exc}", file=sys.stderr)
+        return 0 if arguments.verb == "prepare" and arguments.if_possible else 1
+    except machine.LabDied as exc:
+        print(f"lab: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
