@@ -1,10 +1,10 @@
 """Becomes PID 1 of a private systemd: runs as root in new pid, mount, uts, ipc and net namespaces.
 
-    unshare --fork --pid --mount --uts --ipc --net --mount-proc --kill-child python boot.py FOLDER PATH...
+    unshare --fork --pid --mount --uts --ipc --net --mount-proc --kill-child python boot.py CGROUP FOLDER PATH...
 
-FOLDER (seen inside, too) holds `units/`, `sysusers.conf`, `tmpfiles.conf`; PATHs are what the service has to read.
-Nothing of the machine is written to: /etc is a copy, /run, /tmp, /var and whatever folder only root may enter are
-empty file systems with the PATHs bound into them; the cgroup is one of its own below ours.
+CGROUP is the name of a new one below ours; FOLDER (seen inside, too) holds `units/`, `sysusers.conf`, `tmpfiles.conf`;
+PATHs are what the service has to read. Nothing of the machine is written to: /etc is a copy; /run, /tmp, /var and
+whatever folder only root may enter are empty file systems with the PATHs bound into them.
 """
 
 from __future__ import annotations
@@ -57,15 +57,16 @@ def closed_folders(paths: list[Path]) -> list[str]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    paths = [folder, *(Path(path) for path in sys.argv[2:])]
+    folder = Path(sys.argv[2])
+    paths = [folder, *(Path(path) for path in sys.argv[3:])]
     empty = [*EMPTY, *closed_folders(paths)]
     mount("-t", "tmpfs", "tmpfs", str(HOLD))
-    enter_cgroup(folder.name)
+    enter_cgroup(sys.argv[1])
     for number, path in enumerate(paths):
         (HOLD / str(number)).mkdir()
         mount("--bind", str(path), str(HOLD / str(number)))
-    shutil.copytree("/etc", HOLD / "etc", symlinks=True, ignore_dangling_symlinks=True)
+    # whatever vanishes meanwhile (a package is being installed) is not missed
+    subprocess.run(["cp", "--archive", "/etc", str(HOLD / "etc")], stderr=subprocess.DEVNULL)
     mount("--bind", str(HOLD / "etc"), "/etc")
     for place in empty:
         mount("-t", "tmpfs", "-o", "mode=0755", "tmpfs", place)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 from unit.render import ROOT, SOURCE, render
@@ -51,6 +52,7 @@ class PrivateSystemd:
     def __init__(self, folder: Path) -> None:
         """Boots. RuntimeError with what systemd or its preparation said."""
         self.folder = folder
+        self._cgroup = f"evtchnd-unit-{uuid.uuid4().hex}"
         folder.chmod(0o755)
         render(folder / "units")
         overrides = folder / "units/evtchnd.service.d"
@@ -68,7 +70,7 @@ class PrivateSystemd:
         self._log = (folder / "boot.log").open("w")
         paths = [str(path) for path in (ROOT, *_interpreter())]
         self._outer = subprocess.Popen(
-            [*_UNSHARE, sys.executable, str(BOOT), str(folder), *paths],
+            [*_UNSHARE, sys.executable, str(BOOT), self._cgroup, str(folder), *paths],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -93,7 +95,7 @@ class PrivateSystemd:
         self._outer.wait()
         self._log.close()
         subprocess.run(
-            ["unshare", "--mount", sys.executable, "-c", _REMOVE_CGROUP, self.folder.name], check=True, timeout=TIMEOUT
+            ["unshare", "--mount", sys.executable, "-c", _REMOVE_CGROUP, self._cgroup], check=True, timeout=TIMEOUT
         )
 
     def run(self, *command: str, check: bool = True, script: str = "") -> str:
