@@ -21,7 +21,7 @@ def raise_limit() -> int:
 
 
 def limits() -> tuple[int, int]:
-    """RLIMIT_NOFILE, soft and hard. Read from /proc: the unit's filter refuses prlimit64, even to those who only ask."""
+    """RLIMIT_NOFILE, soft and hard. From /proc: the unit's filter refuses prlimit64, even to those who only ask."""
     for line in Path("/proc/self/limits").read_text().splitlines():
         if line.startswith("Max open files"):
             soft, hard = line.split()[3:5]
