@@ -1,0 +1,238 @@
+"""A virtual machine of KVM: memory slots, virtual CPUs and why they stop running.
+
+Enough of KVM to run a small guest: interrupt controllers in the kernel, no device. A vCPU belongs to the thread that
+runs it; `Vcpu.kick` takes it out of the guest from another thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import signal
+import struct
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Self
+
+from evtchnd.errors import HostError
+from evtchnd.vmm.kvm import XenHvm, XenVcpu, XenVm, xen_capability
+from evtchnd.vmm.kvm_ioctl import KvmError, io, ioctl, ior, iow, iowr
+
+_GET_API_VERSION = io(0x00)
+_CREATE_VM = io(0x01)
+_GET_VCPU_MMAP_SIZE = io(0x04)
+_GET_SUPPORTED_CPUID = iowr(0x05, 8)
+_CREATE_VCPU = io(0x41)
+_SET_USER_MEMORY_REGION = iow(0x46, 32)
+_SET_TSS_ADDR = io(0x47)
+_CREATE_IRQCHIP = io(0x60)
+_RUN = io(0x80)
+_SET_REGS = iow(0x82, 144)
+_GET_SREGS = ior(0x83, 312)
+_SET_SREGS = iow(0x84, 312)
+_SET_SIGNAL_MASK = iow(0x8B, 4)
+_SET_CPUID2 = iow(0x90, 8)
+_SET_MP_STATE = iow(0x99, 4)
+
+_TSS_ADDRESS = 0xFFFBD000  # three pages that Intel's virtual real mode needs: below 4 GiB, no RAM there
+_MAX_CPUID = 256
+# Blocked in a vCPU's thread and let in only by KVM_RUN: it ends the run and is never delivered.
+_KICK = signal.SIGRTMIN + 5
+
+EXIT_IO = 2
+EXIT_XEN = 34
+EXIT_NAMES = {
+    0: "unknown",
+    EXIT_IO: "io",
+    5: "hlt",
+    6: "mmio",
+    7: "irq window",
+    8: "shutdown",
+    9: "entry failed",
+    10: "signal",
+    17: "internal error",
+    24: "system event",
+    EXIT_XEN: "xen",
+}
+
+# struct kvm_run: u8 request_interrupt_window, immediate_exit @1, u32 exit_reason @8, the exit's union @32
+_IMMEDIATE_EXIT, _EXIT_REASON, _UNION = 1, 8, 32
+_IO = struct.Struct("<BBHIQ")  # direction (1: out), size, port, count, offset of the data in kvm_run
+_XEN = struct.Struct("<I4xII Q Q 6Q")  # type (1: hypercall), pad; longmode, cpl, input, result, params
+_XEN_RESULT = _UNION + 24
+
+# struct kvm_sregs: cs ds es fs gs ss tr ldt (kvm_segment), gdt idt (kvm_dtable), cr0 cr2 cr3 cr4 cr8 efer ...
+_SEGMENT = struct.Struct("<QIH 8B 2x")  # base, limit, selector, type, present, dpl, db, s, l, g, avl
+_SREGS_TR, _SREGS_GDT, _SREGS_CR0, _SREGS_CR3, _SREGS_CR4, _SREGS_EFER = 6 * 24, 192, 224, 240, 248, 264
+_CR0_PE, _CR0_ET, _CR0_NE, _CR0_PG, _CR4_PAE, _EFER_LME, _EFER_LMA = 1, 16, 32, 1 << 31, 32, 1 << 8, 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Io:
+    """A guest's access to an I/O port. `value`: what it wrote; `read`: it waits for a value instead."""
+
+    port: int
+    size: int
+    value: int
+    read: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Hypercall:
+    """A hypercall that the kernel did not answer; `Vcpu.answer` does. `params` as the guest's mode passes them."""
+
+    number: int
+    params: tuple[int, ...]
+    long_mode: bool
+    cpl: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Any other end of a run, by its name in EXIT_NAMES; "kicked": `Vcpu.kick`."""
+
+    reason: str
+
+
+Exit = Io | Hypercall | Stop
+
+
+class Vcpu:
+    """One virtual CPU. `exits` counts why it left the guest, since it was made."""
+
+    def __init__(self, machine: Machine, number: int) -> None:
+        self.number = number
+        self.fd = ioctl(machine.fd, _CREATE_VCPU, number, "KVM_CREATE_VCPU")
+        self.xen = XenVcpu(self.fd, machine.has)
+        self.exits: Counter[str] = Counter()
+        self._thread: int | None = None
+        self._kicked = False
+        try:
+            ioctl(self.fd, _SET_CPUID2, machine.cpuid, "KVM_SET_CPUID2")
+            self._run = mmap.mmap(self.fd, machine.run_size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def start(
+        self, entry: int, stack: int, argument: int, *, gdt: tuple[int, int], tss: int, page_table: int | None
+    ) -> None:
+        """Registers of a flat guest at `entry`: in long mode with `page_table`, without it 32-bit protected mode.
+
+        `gdt` (address, bytes) has code at 8 and data at 16, a TSS of 104 bytes at 0x28. `argument` is in rdi and rsi
+        as long mode passes it, and in eax.
+        """
+        sregs = bytearray(312)
+        ioctl(self.fd, _GET_SREGS, sregs, "KVM_GET_SREGS")
+        long_mode = page_table is not None
+        code = _SEGMENT.pack(0, 0xFFFFFFFF, 0x08, 11, 1, 0, not long_mode, 1, long_mode, 1, 0)
+        data = _SEGMENT.pack(0, 0xFFFFFFFF, 0x10, 3, 1, 0, 1, 1, 0, 1, 0)
+        sregs[0:_SREGS_TR] = code + data * 5
+        sregs[_SREGS_TR : _SREGS_TR + 24] = _SEGMENT.pack(tss, 103, 0x28, 11, 1, 0, 0, 0, 0, 0, 0)
+        struct.pack_into("<QH", sregs, _SREGS_GDT, gdt[0], gdt[1] - 1)
+        cr0 = _CR0_PE | _CR0_ET | _CR0_NE
+        struct.pack_into("<Q", sregs, _SREGS_CR0, cr0 | (_CR0_PG if long_mode else 0))
+        struct.pack_into("<QQ", sregs, _SREGS_CR3, page_table or 0, _CR4_PAE if long_mode else 0)
+        struct.pack_into("<Q", sregs, _SREGS_EFER, _EFER_LME | _EFER_LMA if long_mode else 0)
+        ioctl(self.fd, _SET_SREGS, bytes(sregs), "KVM_SET_SREGS")
+        regs = [argument, 0, 0, 0, argument, argument, stack, 0, *[0] * 8, entry, 2]  # rax rbx rcx rdx rsi rdi rsp rbp
+        ioctl(self.fd, _SET_REGS, struct.pack("<18Q", *regs), "KVM_SET_REGS")
+        ioctl(self.fd, _SET_MP_STATE, struct.pack("<I", 0), "KVM_SET_MP_STATE")
+
+    def enter(self) -> None:
+        """To be called in the thread that will run it."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {_KICK})
+        mask = ((1 << 64) - 1) & ~(1 << (_KICK - 1))
+        ioctl(self.fd, _SET_SIGNAL_MASK, struct.pack("<IQ", 8, mask), "KVM_SET_SIGNAL_MASK")
+        self._thread = threading.get_ident()
+
+    def run(self) -> Exit:
+        """Runs the guest until it stops for us. KvmError."""
+        try:
+            ioctl(self.fd, _RUN, 0, "KVM_RUN")
+        except KvmError as error:
+            if error.errno not in (errno.EINTR, errno.EAGAIN):
+                raise
+            signal.sigtimedwait({_KICK}, 0)
+            self.exits["kicked"] += 1
+            return Stop("kicked")
+        reason = int.from_bytes(self._run[_EXIT_REASON : _EXIT_REASON + 4], "little")
+        name = EXIT_NAMES.get(reason, str(reason))
+        self.exits[name] += 1
+        if reason == EXIT_IO:
+            direction, size, port, _, offset = _IO.unpack_from(self._run, _UNION)
+            return Io(port, size, int.from_bytes(self._run[offset : offset + size], "little"), direction == 0)
+        if reason == EXIT_XEN:
+            _, long_mode, cpl, number, _, *params = _XEN.unpack_from(self._run, _UNION)
+            return Hypercall(number, tuple(params), bool(long_mode), cpl)
+        return Stop(name)
+
+    def answer(self, result: int) -> None:
+        """The result of the hypercall that the last run ended with (negative: an error number)."""
+        self._run[_XEN_RESULT : _XEN_RESULT + 8] = (result & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little")
+
+    def kick(self) -> None:
+        """Ends `run`, the one that goes on or the next; from any thread, while the one that runs it is alive."""
+        if self._thread is not None:
+            signal.pthread_kill(self._thread, _KICK)
+
+    def close(self) -> None:
+        """After its thread has ended."""
+        self._run.close()
+        os.close(self.fd)
+
+
+class Machine:
+    """A VM with its interrupt controllers. `xen` has the Xen calls; `has` is empty where this KVM has none."""
+
+    def __init__(self, device: str = "/dev/kvm") -> None:
+        try:
+            kvm = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(f"{device}: {error.strerror}: no KVM here, or no right to it (group kvm)") from None
+        self.fd = -1
+        self.vcpus: list[Vcpu] = []
+        try:
+            self.has: XenHvm = xen_capability(kvm)
+            self.run_size = ioctl(kvm, _GET_VCPU_MMAP_SIZE, 0, "KVM_GET_VCPU_MMAP_SIZE")
+            cpuid = bytearray(struct.pack("<II", _MAX_CPUID, 0)) + bytearray(40 * _MAX_CPUID)
+            ioctl(kvm, _GET_SUPPORTED_CPUID, cpuid, "KVM_GET_SUPPORTED_CPUID")
+            self.cpuid = bytes(cpuid)
+            self.fd = ioctl(kvm, _CREATE_VM, 0, "KVM_CREATE_VM")
+            with contextlib.suppress(KvmError):  # AMD needs none
+                ioctl(self.fd, _SET_TSS_ADDR, _TSS_ADDRESS, "KVM_SET_TSS_ADDR")
+            ioctl(self.fd, _CREATE_IRQCHIP, 0, "KVM_CREATE_IRQCHIP")
+            self.xen = XenVm(self.fd, self.has)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(kvm)
+
+    def add_memory(self, slot: int, gpa: int, size: int, address: int) -> None:
+        """Guest memory from `gpa` is this process' memory from `address`, which has to stay; `size` 0: taken back."""
+        region = struct.pack("<IIQQQ", slot, 0, gpa, size, address)
+        ioctl(self.fd, _SET_USER_MEMORY_REGION, region, "KVM_SET_USER_MEMORY_REGION")
+
+    def add_vcpu(self, number: int) -> Vcpu:
+        """`number` is KVM's id, and the local APIC's."""
+        vcpu = Vcpu(self, number)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def close(self) -> None:
+        """Can be called twice."""
+        while self.vcpus:
+            self.vcpus.pop().close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
