@@ -16,11 +16,15 @@ from pathlib import Path
 
 import pytest
 
+from evtchnd._core.blk import BlkRing
 from evtchnd.abi import GTF_PERMIT_ACCESS, PAGE_SIZE
 from evtchnd.blkif import SECTOR_SIZE, X86_32, X86_64, Layout, Op, Status
 from evtchnd.control.config import Vbd
+from evtchnd.grants import GrantTable
 from evtchnd.guest.blkfront import Blkfront, Completion
 from evtchnd.guest.domain import GuestFault
+from evtchnd.journal import Journal
+from evtchnd.memory import GuestMemory
 from oneprocess import Host, LocalVm, open_fds
 from scale import scaled
 
@@ -616,6 +620,77 @@ async def test_cancelled_under_load_and_attached_again(tmp_path: Path) -> None:
         stop.set()
         await work
     assert hashlib.sha256(file.read_bytes()).digest() == hashlib.sha256(content).digest()
+
+
+@pytest.mark.parametrize("died", ["after take", "before publishing", "before the notification"])
+async def test_what_a_dead_worker_left_is_done_once(tmp_path: Path, died: str) -> None:
+    """Requests that were in flight are done again, those that were answered are not, and the guest is woken."""
+    file, content = image(tmp_path)
+    async with host() as world:
+        device = world.attach(VBD, file)
+        disk = front(world, depth=16)
+        await world.guest(disk.connect)
+        params = world.reported[VBD]
+        assert params is not None
+        await world.kill(VBD)
+
+        wanted = {}
+        for index in range(8):
+            data = bytes([index + 1]) * PAGE_SIZE
+            wanted[disk.submit_write(index * 8, data)] = b""
+            content[index * PAGE_SIZE : (index + 1) * PAGE_SIZE] = data
+            at = (100 + index) * PAGE_SIZE
+            wanted[disk.submit_read(at // SECTOR_SIZE, 8)] = bytes(content[at : at + PAGE_SIZE])
+        assert not disk.ring.arm()  # the guest sleeps: it must be notified
+        disk.push()
+
+        # The worker that dies: its pins stay in the guest's table, its mappings go with the process (here: never).
+        memory = GuestMemory()
+        memory.add(0, 0, world.vm.ram_pages, world.vm.ram_fd, 0)
+        grants = GrantTable(memory, world.domid)
+        for index in range(world.vm.frames):
+            grants.add_frame(index, world.vm.grant_fd, index * PAGE_SIZE)
+        pages = [grants.map(gref, write=True) for gref in params["grefs"]]
+        ring = BlkRing(
+            grants,
+            pages,
+            abi=64,
+            journal=Journal(device.journal_fd),
+            sectors=disk.sectors,
+            max_indirect=256,
+        )
+        assert ring.attach() == []
+        taken = ring.take(32)
+        assert len(taken) == 16
+        if died != "after take":
+            for req in taken[4:8]:
+                run = req.preadv if req.op == Op.READ else req.pwritev
+                assert run(device.disk_fd, req.sector * SECTOR_SIZE) == req.want
+                ring.done(req, Status.OKAY)
+        if died == "before the notification":
+            assert ring.push()  # and dies: nobody tells the guest
+        abandoned.append(ring)
+
+        again = world.run(
+            VBD, device.disk_fd, device.journal_fd, readonly=False, options=device.options, connected=params
+        )
+
+        def guest() -> None:
+            assert world.vm.wait(disk.port, 30), "the guest is not woken"
+            while disk.in_flight:
+                for done in disk.complete():
+                    assert done.status == Status.OKAY
+                    assert done.data == wanted.pop(done.ident)
+            assert not wanted
+            disk.disconnect()
+
+        await world.guest(guest)
+        # answered by the dead one: at most published again, not done again
+        assert again.stats()["requests"] == (16 if died == "after take" else 12)
+    assert file.read_bytes() == content
+
+
+abandoned: list[BlkRing] = []
 
 
 async def test_a_wrong_response_is_noticed(tmp_path: Path) -> None:
