@@ -82,6 +82,8 @@ async def _serve(
         operator.start()
         await _keep(listening, notifier)
         notifier.ready(f"serving in {config.runtime_dir}")
+        if not _core.COMPILED:
+            log.warning("the core is not compiled and runs as Python, about five times slower: install gcc, then again")
         log.info("evtchnd %s serves in %s", version(), config.runtime_dir)
         await told.wait()
         notifier.stopping()
