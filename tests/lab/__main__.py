@@ -1,4 +1,4 @@
-"""The lab by hand: `python tests/lab prepare [--if-possible]`, `python tests/lab run [--memory MIB] ... -- COMMAND...`."""
+"""The lab by hand: `python tests/lab prepare [--if-possible]`, `python tests/lab run [--memory MIB] -- COMMAND...`."""
 
 from __future__ import annotations
 

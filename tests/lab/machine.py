@@ -234,7 +234,7 @@ class Machine:
             kept.parent.mkdir(exist_ok=True)
             shutil.copy(self.console, kept)
             parts.append(f"(all of it: {kept})")
-        return LabDied(f"the lab died: {reason}", "\n".join(part for part in parts if part), came_up=self._beat > 0)
+        return LabDied(f"the machine died: {reason}", "\n".join(part for part in parts if part), came_up=self._beat > 0)
 
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:

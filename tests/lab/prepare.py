@@ -137,7 +137,14 @@ def _make_tree(folder: Path) -> None:
     part = tree.with_name(f"{tree.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     _say(f"debootstrap of Debian {SUITE} into {tree} (about two minutes)")
-    arguments = ["--variant=minbase", f"--include={','.join(PACKAGES)}", f"--keyring={KEYRING}", SUITE, str(part), mirror()]
+    arguments = [
+        "--variant=minbase",
+        f"--include={','.join(PACKAGES)}",
+        f"--keyring={KEYRING}",
+        SUITE,
+        str(part),
+        mirror(),
+    ]
     if not Path("/usr/share/debootstrap/scripts", SUITE).exists():
         arguments.append("/usr/share/debootstrap/scripts/sid")  # a debootstrap older than the suite
     _run(folder, "debootstrap", *arguments)
@@ -190,7 +197,9 @@ def _run(folder: Path, *command: str) -> None:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, check=False)
     if done.returncode:
         said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
-        raise LabMissing(f"{Path(command[0]).name}: {said[-1] if said else f'exit status {done.returncode}'} (all: {log})")
+        raise LabMissing(
+            f"{Path(command[0]).name}: {said[-1] if said else f'exit status {done.returncode}'} (all: {log})"
+        )
 
 
 def _say(line: str) -> None:

@@ -1,0 +1,84 @@
+"""Tests below tests/lab run where KVM_CAP_XEN_HVM has everything: on this machine if it has, else inside the lab.
+
+Where neither is to be had they are skipped with the reason, and the summary says how many; with CI=true or
+EVTCHND_REQUIRE_LAB=1 that is a failure. `make lab` prepares the lab; deadlines: `from lab.patience import patient`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import inside, outside
+from lab.machine import EVERYTHING, INSIDE, xen_capability
+
+HERE = Path(__file__).parent
+RUN = pytest.StashKey[outside.LabRun]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if INSIDE:
+        config.pluginmanager.register(inside.Reporter(config))
+
+
+def ours(item: pytest.Item) -> bool:
+    return item.path.is_relative_to(HERE)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INSIDE:
+        inside.lengthen_timeouts(config, items)
+        return
+    # last: they take longest
+    items.sort(key=ours)
+    if xen_capability() & EVERYTHING == EVERYTHING:
+        return
+    for item in filter(ours, items):
+        # the wait for a report is not the test; inside it has its limit
+        item.add_marker(pytest.mark.timeout(0), append=False)
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Once everything that deselects is done."""
+    if not INSIDE and xen_capability() & EVERYTHING != EVERYTHING:
+        session.config.stash[RUN] = outside.LabRun(session.config, [item for item in session.items if ours(item)])
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    run = item.config.stash.get(RUN, None)
+    if run is None or not ours(item):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in run.reports(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if run := session.config.stash.get(RUN, None):
+        run.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    run = config.stash.get(RUN, None)
+    if run is None:
+        return
+    for death in run.deaths:
+        terminalreporter.section("the lab was booted again" if not run.missing else "the lab")
+        terminalreporter.write_line(str(death))
+    if run.skipped:
+        terminalreporter.write_line(f"lab: {run.skipped} tests skipped: {run.missing}", yellow=True)
+    elif run.seconds:
+        terminalreporter.write_line(f"lab: {run.seconds:.0f} s in {len(run.deaths) + 1} boot(s)")
+
+
+@pytest.fixture
+def images() -> Iterator[Path]:
+    """A folder for disk images on a real file system (the lab's ext4 disk), gone after the test."""
+    with tempfile.TemporaryDirectory(prefix="i") as folder:
+        yield Path(folder)
