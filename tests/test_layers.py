@@ -18,7 +18,10 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "core": (("_core", "memory", "grants", "ring", "stream", "journal"), ("base",)),
     "ports": (("ports",), ("base",)),
     "wire": (("protocol", "messages", "tables", "transport"), ("base",)),
-    "store": (("xenstore.wire", "xenstore.tree", "xenstore.store", "xenstore.operations", "xenstore.quota", "xenstore.watches"), ("base",)),
+    "store": (
+        tuple(f"xenstore.{name}" for name in ("wire", "tree", "store", "operations", "quota", "watches")),
+        ("base",),
+    ),
     "xenstore": (("xenstore",), ("base", "core", "store")),
     "channel": (("channel",), ("base", "core")),
     "xenbus": (("xenbus",), ("base", "store", "xenstore")),
