@@ -161,24 +161,26 @@ class Host:
         with self.server.transaction() as t:
             own = [f"n{self.domid}", "r0"]
             t.write(front, "", perms=own)
-            for name, value in {
+            nodes: dict[str, str | int] = {
                 "backend": back,
                 "backend-id": 0,
                 "state": 1,
                 "virtual-device": devid,
                 "device-type": "disk",
-            }.items():
+            }
+            for name, value in nodes.items():
                 t.write(f"{front}/{name}", value, perms=own)
             theirs = ["n0", f"r{self.domid}"]
             t.write(back, "", perms=theirs)
-            for name, value in {
+            nodes = {
                 "frontend": front,
                 "frontend-id": self.domid,
                 "online": 1,
                 "state": 1,
                 "mode": "w",
                 "device-type": "disk",
-            }.items():
+            }
+            for name, value in nodes.items():
                 t.write(f"{back}/{name}", value, perms=theirs)
 
     def backend(self, devid: int) -> str:
