@@ -33,6 +33,7 @@ from evtchnd.abi import (
     NR_VIRQS,
     PER_VCPU_VIRQS,
     Evtchnstat,
+    Virq,
 )
 from evtchnd.errors import XenError
 
@@ -66,6 +67,8 @@ class Kind(Enum):
     EVENTFD = auto()  # interdomain with domain 0: writes `kick_fd`
     LOOPBACK = auto()  # interdomain with an own port: raises `target_port` on `vcpu`
     IPI = auto()  # raises itself on `vcpu`
+    TIMER = auto()  # raised by the timer of `vcpu`; a send on it leaves the kernel
+    PIRQ = auto()  # raised by a write to `notify_fd`, a device's interrupt; a send on it leaves the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,7 @@ class PortTable:
 
     `deliver` is called after a change, still within the call; it must not call back into the table.
     `long_mode`: what KVM latched when the guest filled its hypercall page; 4096 ports, or 1024 of a 32-bit guest.
+    `timers`: the kernel has the guest's VIRQ_TIMER, so `table()` names its ports.
     """
 
     def __init__(
@@ -138,11 +142,14 @@ class PortTable:
         *,
         vcpus: int,
         long_mode: bool = True,
+        timers: bool = False,
         deliver: Callable[[Delivery], None] = _ignore,
     ) -> None:
         self.domid = domid
         self.vcpus = vcpus
         self.long_mode = long_mode
+        self._timers = timers
+        self._pirqs: dict[int, tuple[int, int]] = {}  # a device's eventfd and its serial, by pirq
         self._deliver = deliver
         self._ports: dict[int, Status] = {}
         self._ends: dict[int, _End] = {}  # by home
@@ -318,6 +325,25 @@ class PortTable:
             self._deliver(Delivery(Effect.RAISE, port, self._ports[port].vcpu))
         return port is not None
 
+    def attach_pirq(self, pirq: int, fd: int) -> None:
+        """A device's eventfd is the interrupt `pirq`, bound by the guest or not yet; -1: no device. It stays the
+        caller's. EINVAL."""
+        if not 0 <= pirq < NR_PIRQS:
+            raise XenError(errno.EINVAL, f"domain {self.domid}: pirq {pirq} is not in 0..{NR_PIRQS - 1}")
+        self._pirqs.pop(pirq, None)
+        if fd >= 0:
+            self._serial += 1
+            self._pirqs[pirq] = (fd, self._serial)
+        self._table = None
+
+    def raise_pirq(self, pirq: int) -> bool:
+        """Raises a physical interrupt that the VMM emulates; False: the guest has not bound it."""
+        for port, status in self._ports.items():
+            if status.state is Evtchnstat.PIRQ and status.irq == pirq:
+                self._deliver(Delivery(Effect.RAISE, port, status.vcpu))
+                return True
+        return False
+
     def connect(self, port: int, kick_fd: int, notify_fd: int = -1) -> None:
         """Domain 0 binds to the guest's `port`, or is connected already and gets other descriptors. EINVAL.
 
@@ -382,6 +408,11 @@ class PortTable:
     def _setting(self, port: int, status: Status) -> Setting | None:
         if status.state is Evtchnstat.IPI:
             return Setting(port, Kind.IPI, status.vcpu, port)
+        if status.state is Evtchnstat.VIRQ and status.irq == Virq.TIMER and self._timers:
+            return Setting(port, Kind.TIMER, status.vcpu)
+        if status.state is Evtchnstat.PIRQ and status.irq in self._pirqs:
+            fd, serial = self._pirqs[status.irq]
+            return Setting(port, Kind.PIRQ, status.vcpu, notify_fd=fd, serial=serial)
         if status.state is not Evtchnstat.INTERDOMAIN:
             return None  # a send on it leaves the kernel, and `send` decides
         if status.dom == self.domid:

@@ -152,7 +152,7 @@ class Mailbox:
 
 
 class Agent:
-    """The agent's memory, `SIZE` writable bytes that the machine has at BASE, with everything that it needs to start."""
+    """The agent's memory, `SIZE` writable bytes that the machine has at BASE, with all that it needs to start."""
 
     def __init__(self, memory: memoryview, code: bytes, *, long_mode: bool = True) -> None:
         if len(memory) != SIZE or len(code) > _COUNTS - _CODE:

@@ -38,7 +38,7 @@ class Kernel(Protocol):
     """What takes the settings: one system call each, which has had no effect when it raises (OSError)."""
 
     def set_port(self, setting: Setting) -> None:
-        """A send on `setting.port`, which is not set, goes where the setting says."""
+        """A send on `setting.port`, which is not set, goes where the setting says (a TIMER: its timer raises it)."""
 
     def clear_port(self, port: int) -> None:
         """A send on `port` leaves the kernel again."""
@@ -201,15 +201,18 @@ def _nothing() -> None:
     pass
 
 
+_WITH_FDS = (Kind.EVENTFD, Kind.PIRQ)
+
+
 def _same_fds(old: Setting, new: Setting) -> bool:
-    return (old.kind is Kind.EVENTFD) == (new.kind is Kind.EVENTFD) and old.serial == new.serial
+    return (old.kind in _WITH_FDS) == (new.kind in _WITH_FDS) and old.serial == new.serial
 
 
 def _same_send(old: Setting, new: Setting) -> bool:
     """Whether a send goes the same way; for an eventfd the vCPU is no part of it, only of the route."""
     if old.kind is not new.kind:
         return False
-    if new.kind is Kind.EVENTFD:
+    if new.kind in _WITH_FDS:
         return old.kick_fd == new.kick_fd
     return (old.target_port, old.vcpu) == (new.target_port, new.vcpu)
 

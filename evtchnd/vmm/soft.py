@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Container, Sequence
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from evtchnd.abi import (
     DOMID_SELF,
@@ -36,7 +36,7 @@ from evtchnd.ports import Delivery, Effect, PortTable, Setting
 from evtchnd.protocol import ALL_PORTS
 from evtchnd.vmm.client import BoundPort, Client, Disconnected, GrantFrame, MemorySlot
 from evtchnd.vmm.hypercall import event_channel_op
-from evtchnd.vmm.settings import Applier
+from evtchnd.vmm.settings import Applier, Kernel
 from evtchnd.vmm.shared_info import SharedInfo
 from evtchnd.vmm.soft_kernel import SoftKernel, signal
 
@@ -55,6 +55,25 @@ CONSOLE_PORT = 2
 MAX_MEMORY = SPECIAL_GFN * PAGE_SIZE  # RAM here ends below the special pages
 
 
+class EventKernel(Kernel, Protocol):
+    """What keeps the event bits of one guest; to be called with the VMM's lock."""
+
+    def send(self, port: int) -> bool:
+        """The guest's EVTCHNOP_send; False: not known here, the VMM has to look."""
+
+    def raise_event(self, port: int, vcpu: int) -> None:
+        """Sets `port` pending on `vcpu`."""
+
+    def clear(self, port: int) -> None:
+        """The port was freed: nothing is pending on it."""
+
+    def unmask(self, port: int, vcpu: int) -> None:
+        """EVTCHNOP_unmask; `vcpu` is told where the port is pending."""
+
+    def claim(self, port: int) -> bool:
+        """Leaves the port's notify eventfd to the caller; False: it has none."""
+
+
 class SoftVmm:
     """One running domain at the daemon that listens on `socket_path`. A context manager.
 
@@ -62,6 +81,8 @@ class SoftVmm:
     HostError (Disconnected) where the daemon is not there, VmmError (Refused) where it refuses the domain.
     `ram` has `view(gfn)`, `read(gpa, n)` and `write(gpa, data)`; release views before `close`.
     """
+
+    long_mode = True
 
     def __init__(
         self,
@@ -103,11 +124,10 @@ class SoftVmm:
             self.grants = memoryview(self._grants_map)
             undo.callback(self._grants_map.close)
             undo.callback(self.grants.release)
-            self._info = SharedInfo(self.ram.view(SHARED_INFO_GFN), vcpus=vcpus)
+            self._info = SharedInfo(self.ram.view(SHARED_INFO_GFN), vcpus=vcpus, long_mode=self.long_mode)
             undo.callback(self._info.close)
-            self._kernel = SoftKernel(self._lock, self._info, self.name)
-            undo.callback(self._kernel.close)
-            self._ports = PortTable(domid, vcpus=vcpus, deliver=lambda delivery: self._effects.append(delivery))
+            self._kernel: EventKernel = self._start_kernel(undo)
+            self._ports = self._new_ports()
             self._boot()
             undo.callback(self._drop_backend)
             undo.callback(self._applier.close)
@@ -151,7 +171,7 @@ class SoftVmm:
 
     def wait(self, port: int, timeout: float) -> bool:
         """Blocks until the port is pending and clears it, as a guest's handler does; False after `timeout` s."""
-        return self._kernel.wait(port, timeout)
+        return self._soft.wait(port, timeout)
 
     def pending(self, port: int) -> bool:
         """Whether the port is pending; it stays so."""
@@ -240,6 +260,14 @@ class SoftVmm:
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
+    def _start_kernel(self, undo: contextlib.ExitStack) -> EventKernel:
+        self._soft = SoftKernel(self._lock, self._info, self.name)
+        undo.callback(self._soft.close)
+        return self._soft
+
+    def _new_ports(self) -> PortTable:
+        return PortTable(self.domid, vcpus=self.vcpus, deliver=lambda delivery: self._effects.append(delivery))
+
     def _boot(self) -> None:
         """What a toolstack prepares: the two ports, their pages, the two grants for domain 0."""
         self._ports.reserve(STORE_PORT)
@@ -276,7 +304,7 @@ class SoftVmm:
 
     def _serve(self, client: Client, enter: Callable[..., None], *, resumed: bool = False) -> None:
         """Everything that the daemon has to know, in the protocol's order."""
-        enter(self.domid, vcpus=self.vcpus, name=self.name)
+        enter(self.domid, vcpus=self.vcpus, name=self.name, long_mode=self.long_mode)
         client.memory(
             [
                 MemorySlot(RAM_SLOT, 0, self.ram_pages, self.ram_fd),
@@ -330,9 +358,9 @@ class SoftVmm:
                 case Effect.SIGNAL:
                     signal(self._applier.kick_fd(each.port))
                 case Effect.CLEAR:
-                    self._info.clear(each.port)
+                    self._kernel.clear(each.port)
                 case Effect.UNMASK:
-                    self._info.unmask(each.port, each.vcpu)
+                    self._kernel.unmask(each.port, each.vcpu)
                 case Effect.CLOSED:
                     closed.append(each.port)
                 case Effect.DROP:

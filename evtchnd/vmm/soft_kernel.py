@@ -137,7 +137,7 @@ class SoftKernel:
     def send(self, port: int) -> bool:
         """The guest's EVTCHNOP_send; False: not known here, the VMM has to look."""
         setting = self._sends.get(port)
-        if setting is None:
+        if setting is None or setting.kind in (Kind.TIMER, Kind.PIRQ):
             return False
         if setting.kind is Kind.EVENTFD:
             signal(setting.kick_fd)
@@ -153,6 +153,14 @@ class SoftKernel:
             return
         self._info.set_pending(port, vcpu)
         self._lock.notify_all()
+
+    def clear(self, port: int) -> None:
+        """The port was freed: nothing is pending on it."""
+        self._info.clear(port)
+
+    def unmask(self, port: int, vcpu: int) -> None:
+        """EVTCHNOP_unmask; `vcpu` is told where the port is pending."""
+        self._info.unmask(port, vcpu)
 
     def claim(self, port: int) -> bool:
         """Leaves the port's notify eventfd to the caller; False: it has none."""
