@@ -69,12 +69,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if run is None:
         return
     for death in run.deaths:
-        terminalreporter.section("the lab was booted again" if not run.missing else "the lab")
+        terminalreporter.section("a boot of the lab died")
         terminalreporter.write_line(str(death))
     if run.skipped:
         terminalreporter.write_line(f"lab: {run.skipped} tests skipped: {run.missing}", yellow=True)
-    elif run.seconds:
-        terminalreporter.write_line(f"lab: {run.seconds:.0f} s in {len(run.deaths) + 1} boot(s)")
+    elif run.boots:
+        terminalreporter.write_line(f"lab: {run.seconds:.0f} s, {run.boots} boot{'s' * (run.boots > 1)}")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """pytest inside the lab: each test's reports go out as they are made, one JSON object a line.
 
-{"report": ...} for each of a test's phases, then {"finish": node id}. The host's pytest replays them (outside.py).
+{"start": node id}, {"report": ...} for each of its phases, {"finish": node id}: the host replays them (outside.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class Reporter:
         # what a test put into its user_properties need not be JSON
         self._file.write(json.dumps(line, default=str) + "\n")
         self._file.flush()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._tell(start=nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)

@@ -36,10 +36,12 @@ class LabRun:
         self.deaths: list[LabDied] = []
         self.missing = ""  # why there is no lab
         self.skipped = 0
+        self.boots = 0
         self.seconds = 0.0
         self._waiting = [item.nodeid for item in items]  # not finished, in order
         self._done: dict[str, list[pytest.TestReport]] = {}
         self._left: dict[str, str] = {}  # will not finish, and why
+        self._running = ""
         self._partial: list[pytest.TestReport] = []
         self._rest = b""
         self._machine: Machine | None = None
@@ -76,30 +78,37 @@ class LabRun:
         except LabMissing as exc:
             self.missing = str(exc)
         except LabDied as exc:
-            self._take_reports(self._machine)
-            self._came_up |= exc.came_up
-            self.deaths.append(exc)
-            text = str(exc)
-            if self._came_up:
-                text += f"\n{'-' * 20} the last output {'-' * 20}\n{self._machine.tail()}" if self._machine else ""
-            self.close()
-            if len(self.deaths) < BOOTS:
-                return
-            if self._came_up:
-                self._leave(text)
-            else:
-                self.missing = f"the lab did not come up: {exc.args[0]}"
+            self._died(exc)
+
+    def _died(self, death: LabDied) -> None:
+        self._take_reports(self._machine)
+        self._came_up |= death.came_up
+        self.deaths.append(death)
+        output = self._machine.tail() if self._machine else ""
+        self.close()
+        if len(self.deaths) < BOOTS:
+            return
+        if not self._came_up:
+            self.missing = f"the lab did not come up: {death.args[0]}"
+        elif self._running:
+            self._left[self._running] = f"{death}\n{'-' * 20} the last output {'-' * 20}\n{output}"
+            self._waiting.remove(self._running)
+            self._leave(f"not run: the machine died in {self._running}")
+        else:
+            self._leave(f"not run: {death}")
 
     def _boot(self) -> Machine:
+        lab = prepare.find()
         self._rest = b""
-        self._partial.clear()
+        self._partial, self._running = [], ""
+        self.boots += 1
         option = self.config.option
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
         command += [f"--tb={option.tbstyle}", *(["-vv"] if option.verbose > 1 else []), *(["-l"] * option.showlocals)]
         command += ["--color=no", "@/run/out/tests"]
         files = {"tests": "\n".join(self._waiting).encode()}
         limit = machine.BOOT_S + TEST_S * len(self._waiting)
-        return Machine(prepare.find(), command, files=files, cwd=self.config.rootpath, limit=limit)
+        return Machine(lab, command, files=files, cwd=self.config.rootpath, limit=limit)
 
     def _take_reports(self, lab_machine: Machine | None) -> None:
         if lab_machine is None:
@@ -108,12 +117,14 @@ class LabRun:
         *lines, self._rest = (self._rest + lab_machine.new("reports")).split(b"\n")
         for line in lines:
             told = json.loads(line)
-            if "report" in told:
+            if "start" in told:
+                self._running = told["start"]
+            elif "report" in told:
                 self._partial.append(self._report(told["report"]))
             elif told["finish"] in self._waiting:
                 self._waiting.remove(told["finish"])
                 self._done[told["finish"]] = self._partial
-                self._partial = []
+                self._partial, self._running = [], ""
 
     def _report(self, data: dict[str, Any]) -> pytest.TestReport:
         report: pytest.TestReport = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
