@@ -76,7 +76,7 @@ def main() -> None:
             mount("--bind", str(HOLD / str(number)), str(path))
     Path("/tmp").chmod(0o1777)
     for name in ("/run/lock", "/run/units", "/var/lib", "/var/log", "/var/tmp", "/var/cache"):
-        Path(name).mkdir()
+        Path(name).mkdir(exist_ok=True)  # one may be on the way to the checkout
     mount("--bind", "-o", "ro", "/proc/sys", "/proc/sys")
     mount("-o", "remount,bind,ro", "/proc/sys")
     Path("/etc/machine-id").write_text(os.urandom(16).hex() + "\n")
