@@ -433,6 +433,7 @@ async def test_an_index_jump_stops_that_device_and_no_other(
     file, content = image(tmp_path)
     other = tmp_path / "other.img"
     other.write_bytes(content)
+    beside = bytearray(content)
     async with host(mib=32) as world:
         world.attach(VBD, file)
         world.attach(VBD + 16, other)
@@ -447,7 +448,7 @@ async def test_an_index_jump_stops_that_device_and_no_other(
                 words[0] = (words[0] + by) & 0xFFFFFFFF
             world.vm.send(disk.port)
             disk.bus.wait_backend(5)  # type: ignore[arg-type]
-            load(neighbour, content, 200)
+            load(neighbour, beside, 200)
 
         with caplog.at_level(logging.ERROR):
             await world.guest(guest)
@@ -466,7 +467,8 @@ async def test_an_index_jump_stops_that_device_and_no_other(
 
         await world.guest(again)
         assert world.grants.pinned < busy
-    assert other.read_bytes() == content
+    assert other.read_bytes() == beside
+    assert file.read_bytes() == content
 
 
 async def test_requests_that_change_while_they_are_read(tmp_path: Path) -> None:
@@ -726,5 +728,7 @@ async def test_a_wrong_response_is_noticed(tmp_path: Path) -> None:
                 disk._finish(X86_64.response.pack(ident, 0, 0), 0)
             words[2 * gref] &= ~(1 << 4)
             words.release()
+            disk._open.clear()  # what was never pushed
+            disk.disconnect()
 
         await world.guest(guest)
