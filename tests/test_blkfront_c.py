@@ -19,7 +19,7 @@ from evtchnd.guest.xenbus import Frontend
 from evtchnd.ring import FrontRing, RingLayout
 from oneprocess import Host
 from scale import scaled
-from test_blkback import VBD, host
+from vbd import VBD, host
 
 SOURCE = Path(__file__).parent / "c" / "blkfront.c"
 BLOCKS = 512

@@ -13,7 +13,7 @@ from evtchnd.guest.xenbus import Frontend
 from evtchnd.guest.xenstore import XenStore
 from evtchnd.xenstore.wire import XenStoreError
 from scale import scaled
-from test_blkback import host
+from vbd import host
 
 HOME = "/local/domain/7"
 
