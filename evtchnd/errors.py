@@ -36,7 +36,14 @@ class VmmError(EvtchndError):
 
 
 class OperatorError(EvtchndError):
-    """A command or a config file asks for what cannot be done."""
+    """A command or a config file asks for what cannot be done.
+
+    `errno` (positive) is what a VMM is told that asked for the same over its socket.
+    """
+
+    def __init__(self, reason: str, errno: int = _errno.EINVAL) -> None:
+        super().__init__(reason)
+        self.errno = errno
 
 
 class HostError(EvtchndError):

@@ -179,7 +179,7 @@ class Daemon:
 
     def _domain(self, domid: int) -> Domain:
         if domid not in self._domains:
-            raise OperatorError(f"domain {domid} is not there")
+            raise OperatorError(f"domain {domid} is not there", errno.ENOENT)
         return self._domains[domid][0]
 
     def _disk(self, domain: Domain, device: str | int) -> Disk:
@@ -189,7 +189,7 @@ class Daemon:
         with suppress(OperatorError):  # another name of the same number
             if isinstance(device, str) and (devid := diskspec.devid_of(device)) in domain.disks:
                 return domain.disks[devid]
-        raise OperatorError(f"{domain.label}: no disk {device}")
+        raise OperatorError(f"{domain.label}: no disk {device}", errno.ENOENT)
 
     async def _open(self, domain: Domain, spec: DiskSpec) -> Disk:
         readonly = spec.readonly or spec.cdrom

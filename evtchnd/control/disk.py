@@ -90,12 +90,13 @@ def open_image(target: Path, *, readonly: bool) -> int:
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise OperatorError(f"{target}: neither a file nor a block device")
+            raise OperatorError(f"{target}: neither a file nor a block device", errno.ENOTBLK)
         os.set_blocking(fd, True)
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OperatorError(f"{target}: in use by another guest: attach it read-only to all of them") from None
+            reason = f"{target}: in use by another guest: attach it read-only to all of them"
+            raise OperatorError(reason, errno.EBUSY) from None
         except OSError:
             pass  # a file system without locks
         if _size(fd) < SECTOR:
@@ -113,7 +114,7 @@ def check_passed(fd: int, *, readonly: bool) -> None:
     """The same of a descriptor that a VMM passed. HostError (EINVAL in its reply) says what is wrong with it."""
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-        raise HostError("the descriptor is neither a file nor a block device")
+        raise HostError("the descriptor is neither a file nor a block device", errno.ENOTBLK)
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if flags & os.O_PATH:
         raise HostError("an O_PATH descriptor cannot be read")

@@ -296,9 +296,9 @@ class Domain:
     def check_room(self, devid: int, vdev: str) -> None:
         """OperatorError if there is no place for that disk."""
         if devid in self.disks:
-            raise OperatorError(f"{self.label}: {vdev} is there already: {self.disks[devid].target}")
+            raise OperatorError(f"{self.label}: {vdev} is there already: {self.disks[devid].target}", errno.EEXIST)
         if len(self.disks) >= self._config.limits.disks:
-            raise OperatorError(f"{self.label}: {len(self.disks)} disks are the limit (limits.disks)")
+            raise OperatorError(f"{self.label}: {len(self.disks)} disks are the limit (limits.disks)", errno.ENOSPC)
         descriptors.require(DISK_DESCRIPTORS, f"{self.label}: {vdev}")
 
     async def attach(self, disk: Disk) -> None:
@@ -320,7 +320,8 @@ class Domain:
                 if self.disks.get(disk.devid) is disk and not force:
                     disk.leaving = True
                     raise OperatorError(
-                        f"{disk.name}: the guest did not let it go in {limit:g} s: it is removed when the guest does"
+                        f"{disk.name}: the guest did not let it go in {limit:g} s: it is removed when the guest does",
+                        errno.EBUSY,
                     )
                 forced = True
         await self._take_away(disk)

@@ -200,7 +200,7 @@ class VmmConnection:
         except (VmmError, HostError, OperatorError) as exc:
             text = str(exc)
             log.warning("%s: %s refused: %s", self.name, message.type.name, text.removeprefix(f"{self.name}: "))
-            number = exc.errno if isinstance(exc, VmmError) else errno.ENOSPC
+            number = errno.ENOSPC if isinstance(exc, HostError) else exc.errno
             body = p.ErrorReply(message.type, number, text)
         except Exception as exc:
             log.exception("%s: %s: a defect of evtchnd", self.name, message.type.name)
