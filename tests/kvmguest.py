@@ -7,8 +7,6 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from evtchnd.errors import HostError
@@ -34,77 +32,63 @@ def why_no_kvm() -> str:
     return ""
 
 
-class Reader:
-    """Another process that owns an eventfd: reads it until a number of kicks has come, says how many did.
+class Other:
+    """Another process that owns eventfds, as a worker does. Made before there are threads or a VM: it forks."""
 
-    A child without threads of its own: it only reads, and answers on a socket.
-    """
-
-    def __init__(self, fd: int, wanted: int) -> None:
-        self._sock, theirs = socket.socketpair()
-        self.pid = os.fork()
-        if self.pid == 0:
+    def __init__(self) -> None:
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pid = os.fork()
+        if self._pid == 0:
             try:
                 self._sock.close()
-                _read(fd, wanted, theirs)
+                _serve(theirs)
             finally:
                 os._exit(0)
         theirs.close()
+        self._sock.settimeout(TIMEOUT)
 
-    def total(self, timeout: float = TIMEOUT) -> tuple[int, int]:
-        """(kicks, wake-ups) once all that were wanted have come."""
-        self._sock.settimeout(timeout)
-        try:
-            return struct.unpack("<QQ", self._sock.recv(16))  # type: ignore[return-value]
-        finally:
-            self.close()
+    def write(self, fd: int, count: int = 1) -> None:
+        """It writes the eventfd so often."""
+        self._ask(b"w", fd, count)
+        self._sock.recv(16)
+
+    def read(self, fd: int, wanted: int) -> None:
+        """It begins to read the eventfd, until it has heard `wanted` kicks; `heard` waits for that."""
+        self._ask(b"r", fd, wanted)
+
+    def heard(self) -> tuple[int, int]:
+        """(kicks, wake-ups)."""
+        kicks, wakeups = struct.unpack("<QQ", self._sock.recv(16))
+        return kicks, wakeups
 
     def close(self) -> None:
         self._sock.close()
-        if self.pid:
-            os.waitpid(self.pid, 0)
-            self.pid = 0
+        os.waitpid(self._pid, 0)
+
+    def _ask(self, what: bytes, fd: int, count: int) -> None:
+        socket.send_fds(self._sock, [struct.pack("<cQ", what, count)], [fd])
 
 
-def _read(fd: int, wanted: int, sock: socket.socket) -> None:
-    total = wakeups = 0
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    poll.register(sock, select.POLLIN)
-    while total < wanted:
-        poll.poll()
-        try:
-            total += os.eventfd_read(fd)
-        except BlockingIOError:
-            return  # the other end has closed the socket
-        wakeups += 1
-    sock.sendall(struct.pack("<QQ", total, wakeups))
-
-
-@contextmanager
-def writer(fd: int) -> Iterator[Callable[[], None]]:
-    """Another process that owns an eventfd and writes it when told to."""
-    ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            while theirs.recv(1):
-                os.eventfd_write(fd, 1)
-                theirs.sendall(b".")
-        finally:
-            os._exit(0)
-    theirs.close()
-
-    def write() -> None:
-        ours.sendall(b".")
-        ours.recv(1)
-
-    try:
-        yield write
-    finally:
-        ours.close()
-        os.waitpid(pid, 0)
+def _serve(sock: socket.socket) -> None:
+    while True:
+        data, fds, _, _ = socket.recv_fds(sock, 16, 1)
+        if not data:
+            return
+        what, count = struct.unpack("<cQ", data)
+        kicks = wakeups = 0
+        if what == b"w":
+            for _ in range(count):
+                os.eventfd_write(fds[0], 1)
+        while what == b"r" and kicks < count:
+            poll = select.poll()
+            poll.register(fds[0], select.POLLIN)
+            poll.register(sock, 0)  # the other side has gone
+            if any(events & select.POLLHUP for _, events in poll.poll()):
+                return
+            kicks += os.eventfd_read(fds[0])
+            wakeups += 1
+        os.close(fds[0])
+        sock.sendall(struct.pack("<QQ", kicks, wakeups))
 
 
 def eventfds() -> int:

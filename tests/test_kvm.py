@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from evtchnd.vmm.kvm import XenHvm
 from evtchnd.vmm.kvm_agent import Command
 from evtchnd.vmm.kvm_ioctl import KvmError
 from evtchnd.vmm.kvm_vm import KvmVmm
-from kvmguest import Reader, agent, eventfds, why_no_kvm
+from kvmguest import Other, agent, eventfds, why_no_kvm
 from scale import scaled
 from test_soft import (  # noqa: F401  (they run here too, on a KVM domain)
     Daemon,
@@ -192,7 +193,14 @@ def test_pirq_messages() -> None:
 # ---- a domain on this host's KVM ----------------------------------------------------------------------------------
 
 
-def test_kicks_of_a_real_guest_do_not_leave_the_kernel(daemon: Daemon) -> None:  # noqa: F811
+@pytest.fixture
+def other() -> Iterator[Other]:
+    other = Other()
+    yield other
+    other.close()
+
+
+def test_kicks_of_a_real_guest_do_not_leave_the_kernel(other: Other, daemon: Daemon) -> None:  # noqa: F811
     """A guest's sends are heard by another process, and its vCPU leaves the guest for none of them."""
     count = scaled(100_000, least=1000)
     with KvmVmm(daemon.path, 7, memory=test_soft.MEMORY, code=agent()) as domain:
@@ -200,11 +208,11 @@ def test_kicks_of_a_real_guest_do_not_leave_the_kernel(daemon: Daemon) -> None: 
         daemon.bind(port)
         kick = daemon.kick(port)
         os.eventfd_read(kick)
-        reader = Reader(kick, count)
+        other.read(kick, count)
         before = domain.exits()
         assert domain.command(Command.SENDS, port, count, 0) == 0
         assert domain.exits() - before == {"io": 1}, "the end of the command is the only exit"
-        kicks, wakeups = reader.total()
+        kicks, wakeups = other.heard()
         assert kicks == count
         assert 1 <= wakeups <= count
         assert domain.forwarded == 0

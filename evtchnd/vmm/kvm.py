@@ -11,8 +11,10 @@ Source: <linux/kvm.h> and Documentation/virt/kvm/api.rst, 4.59, 4.126 and on.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
@@ -32,6 +34,9 @@ _XEN_VCPU_SET_ATTR = iow(0xCB, 72)
 _XEN_HVM_EVTCHN_SEND = iow(0xD0, 12)
 
 _EVTCHN_DEASSIGN, _EVTCHN_UPDATE, _EVTCHN_RESET = 1, 2, 4
+
+
+Outside = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class XenHvm(IntFlag):
@@ -114,8 +119,10 @@ def xen_capability(kvm_fd: int) -> XenHvm:
 class _Attributes:
     """Sets and gets the two attribute structs, of the same form."""
 
-    def __init__(self, fd: int, has: XenHvm, set_request: int, get_request: int) -> None:
-        self.fd, self.has = fd, has
+    def __init__(
+        self, fd: int, has: XenHvm, set_request: int, get_request: int, outside: Outside = contextlib.nullcontext
+    ) -> None:
+        self.fd, self.has, self._outside = fd, has, outside
         self._set_request, self._get_request = set_request, get_request
 
     def need(self, wanted: XenHvm, call: str) -> None:
@@ -125,12 +132,14 @@ class _Attributes:
 
     def set(self, which: IntEnum, value: bytes, wanted: XenHvm) -> None:
         self.need(wanted, which.name)
-        ioctl(self.fd, self._set_request, _ATTR.pack(which, value), which.name)
+        with self._outside():
+            ioctl(self.fd, self._set_request, _ATTR.pack(which, value), which.name)
 
     def get(self, which: IntEnum, wanted: XenHvm) -> bytes:
         self.need(wanted, which.name)
         data = bytearray(_ATTR.pack(which, b""))
-        ioctl(self.fd, self._get_request, data, which.name)
+        with self._outside():
+            ioctl(self.fd, self._get_request, data, which.name)
         return bytes(data[8:])
 
     def set_int(self, which: IntEnum, value: int, size: int, wanted: XenHvm) -> None:
@@ -238,11 +247,15 @@ class XenVm:
 
 
 class XenVcpu:
-    """The Xen calls of a vCPU's descriptor, which stays the caller's. Addresses are the guest's physical ones."""
+    """The Xen calls of a vCPU's descriptor, which stays the caller's. Addresses are the guest's physical ones.
 
-    def __init__(self, vcpu_fd: int, has: XenHvm) -> None:
+    KVM makes a call on a vCPU wait as long as another thread runs it, a sleeping guest's for ever. `outside` holds
+    it out of the guest meanwhile.
+    """
+
+    def __init__(self, vcpu_fd: int, has: XenHvm, outside: Outside = contextlib.nullcontext) -> None:
         self.fd, self.has = vcpu_fd, has
-        self._attr = _Attributes(vcpu_fd, has, _XEN_VCPU_SET_ATTR, _XEN_VCPU_GET_ATTR)
+        self._attr = _Attributes(vcpu_fd, has, _XEN_VCPU_SET_ATTR, _XEN_VCPU_GET_ATTR, outside)
 
     def set_info(self, gpa: int) -> None:
         """Where its vcpu_info lies, in shared_info too; INVALID_GFN: nowhere, and no event reaches it."""

@@ -14,6 +14,7 @@ import signal
 import struct
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -41,6 +42,7 @@ _TSS_ADDRESS = 0xFFFBD000  # three pages that Intel's virtual real mode needs: b
 _MAX_CPUID = 256
 # Blocked in a vCPU's thread and let in only by KVM_RUN: it ends the run and is never delivered.
 _KICK = signal.SIGRTMIN + 5
+_KICK_AGAIN_S = 0.5
 
 EXIT_IO = 2
 EXIT_XEN = 34
@@ -106,10 +108,12 @@ class Vcpu:
     def __init__(self, machine: Machine, number: int) -> None:
         self.number = number
         self.fd = ioctl(machine.fd, _CREATE_VCPU, number, "KVM_CREATE_VCPU")
-        self.xen = XenVcpu(self.fd, machine.has)
+        self.xen = XenVcpu(self.fd, machine.has, self.outside)
         self.exits: Counter[str] = Counter()
         self._thread: int | None = None
-        self._kicked = False
+        self._gate = threading.Condition()
+        self._inside = False
+        self._wanted = 0  # threads that want it to be outside
         try:
             ioctl(self.fd, _SET_CPUID2, machine.cpuid, "KVM_SET_CPUID2")
             self._run = mmap.mmap(self.fd, machine.run_size)
@@ -151,14 +155,21 @@ class Vcpu:
 
     def run(self) -> Exit:
         """Runs the guest until it stops for us. KvmError."""
+        with self._gate:
+            while self._wanted:
+                self._gate.wait()
+            self._inside = True
         try:
             ioctl(self.fd, _RUN, 0, "KVM_RUN")
         except KvmError as error:
             if error.errno not in (errno.EINTR, errno.EAGAIN):
                 raise
             signal.sigtimedwait({_KICK}, 0)
-            self.exits["kicked"] += 1
-            return Stop("kicked")
+            return Stop("kicked")  # our doing, so not counted
+        finally:
+            with self._gate:
+                self._inside = False
+                self._gate.notify_all()
         reason = int.from_bytes(self._run[_EXIT_REASON : _EXIT_REASON + 4], "little")
         name = EXIT_NAMES.get(reason, str(reason))
         self.exits[name] += 1
@@ -173,6 +184,21 @@ class Vcpu:
     def answer(self, result: int) -> None:
         """The result of the hypercall that the last run ended with (negative: an error number)."""
         self._run[_XEN_RESULT : _XEN_RESULT + 8] = (result & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little")
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """The vCPU is not in the guest, and does not go there. Its own thread may ask for it between runs."""
+        with self._gate:
+            self._wanted += 1
+            while self._inside:
+                self.kick()
+                self._gate.wait(_KICK_AGAIN_S)  # a kick before KVM_RUN has begun to listen is not lost, but be sure
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._wanted -= 1
+                self._gate.notify_all()
 
     def kick(self) -> None:
         """Ends `run`, the one that goes on or the next; from any thread, while the one that runs it is alive."""

@@ -71,14 +71,17 @@ class _Runner:
         self.turn = threading.RLock()
         self.done = threading.Event()
         self.failed = ""
+        self.leaving = False
         self._vmm = vmm
         self.thread = threading.Thread(target=self._run, name=f"{vmm.name} vcpu {vcpu.number}", daemon=True)
 
     def _run(self) -> None:
         try:
             self.vcpu.enter()
-            while not (isinstance(stop := self.vcpu.run(), Stop) and stop.reason == "kicked"):
-                self._vmm.exited(self, stop)
+            while not self.leaving:
+                stop = self.vcpu.run()
+                if not (isinstance(stop, Stop) and stop.reason == "kicked"):
+                    self._vmm.exited(self, stop)
         except Exception as error:
             self.failed = self.failed or str(error)
             log.exception("%s: vCPU %d has stopped", self._vmm.name, self.vcpu.number)
@@ -402,6 +405,7 @@ class KvmVmm(SoftVmm):
             self._ended = True
             self._lock.notify_all()
         for runner in self.runners:
+            runner.leaving = True
             runner.mailbox.stop()
         for runner in self.runners:
             while runner.thread.is_alive():
