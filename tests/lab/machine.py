@@ -132,6 +132,7 @@ class Machine:
         passed.setdefault("HOME", "/root")
         passed["PATH"] = f"{passed.get('PATH', '/usr/bin:/bin')}:/usr/local/sbin:/usr/sbin:/sbin"
         passed |= {
+            "EVTCHND_LAB": str(self.lab.folder),
             "EVTCHND_LAB_INSIDE": "1",
             "EVTCHND_LAB_TREE": str(self.lab.tree),
             # Python is about eight times slower in there

@@ -103,6 +103,8 @@ def prepare() -> Lab:
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise LabMissing(f"the lab wants Linux on x86-64, this is {sys.platform} on {platform.machine()}")
     folder = cache()
+    if tree_of(folder).is_dir() and packages_of(folder).is_dir():
+        return find()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
@@ -126,7 +128,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _make_tree(folder: Path) -> None:
     if os.geteuid():
-        raise LabMissing("the lab cannot be made without root (debootstrap); make it once: sudo make lab")
+        again = f"sudo EVTCHND_LAB={folder} {sys.executable} {HERE} prepare"
+        raise LabMissing(f"the lab cannot be made without root (debootstrap); once is enough: {again}")
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     if not shutil.which("debootstrap", path=path) or not KEYRING.exists():
         if not shutil.which("apt-get"):
