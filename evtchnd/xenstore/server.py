@@ -11,10 +11,11 @@ import asyncio
 import logging
 import mmap
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ..errors import HostError
 from . import local, operations, wire
@@ -160,7 +161,10 @@ class Server(LocalAccess):
         """Serve a listening Unix stream socket that came from elsewhere (systemd). Takes ownership."""
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
-        self._listeners.append(await loop.create_unix_server(lambda: SocketConnection(self, 0, None), sock=sock))
+        # From 3.13 on a loop removes the socket's file at its end unless told: who made it may keep it over a restart.
+        options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        made = await loop.create_unix_server(lambda: SocketConnection(self, 0, None), sock=sock, **options)
+        self._listeners.append(made)
 
     def attach_socket(self, sock: socket.socket, *, domid: int = 0, confine: int | None = None) -> None:
         """Serve one end of a SOCK_STREAM socketpair. Takes ownership; ends by EOF.
