@@ -240,7 +240,8 @@ class XenVm:
     def send(self, port: int, vcpu: int) -> None:
         """KVM_XEN_HVM_EVTCHN_SEND: raises the guest's `port` on `vcpu`; a masked one is pending then.
 
-        EINVAL where the vCPU's vcpu_info is not registered, and then nothing is pending: raise it again later.
+        Where the vCPU's vcpu_info is not registered, older kernels answer EINVAL and nothing is pending: raise it again
+        later. 6.12 keeps it until then.
         """
         self._attr.need(XenHvm.EVTCHN_SEND, "KVM_XEN_HVM_EVTCHN_SEND")
         ioctl(self.fd, _XEN_HVM_EVTCHN_SEND, struct.pack("<III", port, vcpu, PRIO_2LEVEL), "KVM_XEN_HVM_EVTCHN_SEND")
@@ -286,7 +287,7 @@ class XenVcpu:
         return self._attr.get_int(_VcpuAttr.RUNSTATE_ADDR, 8, XenHvm.RUNSTATE)
 
     def set_runstate(self, state: int) -> None:
-        """Enters `state` now."""
+        """Enters `state` now. In the vCPU's own thread: KVM takes the time that the caller waited for a CPU off."""
         self._attr.set(_VcpuAttr.RUNSTATE_CURRENT, _RUNSTATE.pack(state, 0, 0, 0, 0, 0), XenHvm.RUNSTATE)
 
     def runstate(self) -> Runstate:

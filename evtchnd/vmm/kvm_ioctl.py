@@ -52,8 +52,7 @@ HINTS: dict[tuple[str, int], str] = {
     ("EVTCHN", errno.EBADF): "no eventfd",
     ("KVM_XEN_HVM_EVTCHN_SEND", errno.EINVAL): "no such port or vCPU, or its vcpu_info is not registered: "
     "nothing is pending",
-    ("KVM_SET_GSI_ROUTING", errno.EINVAL): "more than 4096 routes, a gsi past 4095, or a port past the limit (1024 "
-    "until the guest is in long mode)",
+    ("KVM_SET_GSI_ROUTING", errno.EINVAL): "more than 4096 routes, or a gsi past 4095",
     ("KVM_IRQFD", errno.EBUSY): "the eventfd is bound to an interrupt already",
     ("KVM_IRQFD", errno.EINVAL): "no such gsi, or no interrupt controller in the kernel",
     ("KVM_IOEVENTFD", errno.EEXIST): "an eventfd listens at this address and value",

@@ -45,7 +45,10 @@ class MsiRoute:
 
 
 def set_gsi_routing(vm_fd: int, routes: Sequence[EventRoute | MsiRoute]) -> None:
-    """The whole table in one call: what is not in it is gone. EINVAL above MAX_ROUTES or past the port limit."""
+    """The whole table in one call: what is not in it is gone. EINVAL above MAX_ROUTES.
+
+    6.12 takes a route to a port past the limit, and drops its events: ports come from a PortTable, which has it.
+    """
     if len(routes) > MAX_ROUTES:
         raise KvmError(errno.EINVAL, "KVM_SET_GSI_ROUTING")
     table = bytearray(struct.pack("<II", len(routes), 0))

@@ -49,8 +49,8 @@ class _Irqs:
 class KvmKernel:
     """One guest's ports in KVM. `vcpus`: by Xen's number; their KVM ids are `ids`. To be called with the VMM's lock.
 
-    An event for a vCPU whose vcpu_info is not registered is refused by KVM and would be lost: it is kept here, and
-    raised by `register`.
+    An event for a vCPU whose vcpu_info is not registered is refused by older kernels and would be lost (6.12 keeps it):
+    it is kept here, and raised by `register`.
     """
 
     def __init__(self, vm: XenVm, vcpus: Sequence[XenVcpu], ids: Sequence[int], bits: EventBits) -> None:

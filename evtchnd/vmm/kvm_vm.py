@@ -16,8 +16,10 @@ import os
 import struct
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from enum import IntEnum
+from typing import TypeVar
 
 from evtchnd.abi import DOMID_SELF, PAGE_SIZE, SHARED_INFO_VCPUS, VCPU_INFO_SIZE, Evtchnop
 from evtchnd.errors import GuestError, HostError, XenError
@@ -42,6 +44,7 @@ from evtchnd.vmm.soft import (
 )
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 AGENT_SLOT = 2
 VERSION = 0x40011  # Xen 4.17
@@ -72,6 +75,7 @@ class _Runner:
         self.done = threading.Event()
         self.failed = ""
         self.leaving = False
+        self.tasks: deque[Callable[[], None]] = deque()
         self._vmm = vmm
         self.thread = threading.Thread(target=self._run, name=f"{vmm.name} vcpu {vcpu.number}", daemon=True)
 
@@ -82,6 +86,8 @@ class _Runner:
                 stop = self.vcpu.run()
                 if not (isinstance(stop, Stop) and stop.reason == "kicked"):
                     self._vmm.exited(self, stop)
+                while self.tasks:
+                    self.tasks.popleft()()
         except Exception as error:
             self.failed = self.failed or str(error)
             log.exception("%s: vCPU %d has stopped", self._vmm.name, self.vcpu.number)
@@ -223,6 +229,24 @@ class KvmVmm(SoftVmm):
             raise HostError(f"domain {self.domid}: vCPU {vcpu} has stopped: {runner.failed or 'ended'}")
         return runner.mailbox.result
 
+    def in_vcpu(self, vcpu: int, call: Callable[[], T]) -> T:
+        """Has the vCPU's own thread make a call, out of the guest: for what KVM reckons by the calling thread."""
+        results: list[T] = []
+        made = threading.Event()
+
+        def task() -> None:
+            try:
+                results.append(call())
+            finally:
+                made.set()
+
+        runner = self.runners[vcpu]
+        runner.tasks.append(task)
+        runner.vcpu.kick()
+        if not made.wait(60) or not results:
+            raise HostError(f"domain {self.domid}: vCPU {vcpu} has not made a call: {runner.failed or 'too slow'}")
+        return results[0]
+
     def exits(self) -> Counter[str]:
         """Why vCPUs left the guest, all of them."""
         return sum((runner.vcpu.exits for runner in self.runners), Counter())
@@ -359,6 +383,7 @@ class KvmVmm(SoftVmm):
         undo.callback(_unmap, ram)
         special = map_range(self._special_fd, 0, SPECIAL_PAGES * PAGE_SIZE, "special pages")
         undo.callback(_unmap, special)
+        self.special_address, self.special_gfn = special.address, SPECIAL_GFN
         fd = os.memfd_create(f"{self.name} agent", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, kvm_agent.SIZE)
