@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import test_control_daemon
 import test_soft
+from daemonprocess import DaemonProcess
 from evtchnd.errors import HostError
 from evtchnd.vmm import kvm, kvm_agent, kvm_ioctl, kvm_irq, kvm_machine, physdev
 from evtchnd.vmm.kvm import XenHvm
@@ -22,6 +24,7 @@ from evtchnd.vmm.kvm_ioctl import KvmError
 from evtchnd.vmm.kvm_vm import KvmVmm
 from kvmguest import Other, agent, eventfds, why_no_kvm
 from scale import scaled
+from test_control_daemon import Guest, image
 from test_soft import (  # noqa: F401  (they run here too, on a KVM domain)
     Daemon,
     daemon,
@@ -216,6 +219,29 @@ def test_kicks_of_a_real_guest_do_not_leave_the_kernel(other: Other, daemon: Dae
         assert kicks == count
         assert 1 <= wakeups <= count
         assert domain.forwarded == 0
+
+
+@pytest.mark.timeout(240)
+def test_the_worker_hears_a_real_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk: the daemon, its worker process, an image. The VMM sees none of the kicks and none of the events."""
+    monkeypatch.setattr(test_control_daemon, "SoftVmm", functools.partial(KvmVmm, code=agent()))
+    disk = image(tmp_path)
+    content = disk.read_bytes()
+    size = 16 * 512
+    with DaemonProcess(tmp_path) as process, Guest(process) as guest:
+        domain = guest.vm
+        assert isinstance(domain, KvmVmm)
+        front = guest.connect(process.attach(7, disk))
+        assert front.read(0, 16) == content[:size]
+        before, forwarded = domain.exits(), domain.forwarded
+        for i in range(20):
+            front.write(i * 16, bytes([i]) * size)
+            assert front.read(i * 16, 16) == bytes([i]) * size
+        front.flush()
+        assert set(domain.exits() - before) == {"io"}, "the agent says done, or upcall; no send leaves the kernel"
+        assert domain.forwarded == forwarded
+        front.disconnect()
+    assert disk.read_bytes()[: 2 * size] == bytes(size) + b"\1" * size
 
 
 def test_a_vmm_leaves_nothing(daemon: Daemon) -> None:  # noqa: F811
