@@ -150,7 +150,7 @@ def _make_tree(folder: Path) -> None:
     ]
     if not Path("/usr/share/debootstrap/scripts", SUITE).exists():
         arguments.append("/usr/share/debootstrap/scripts/sid")  # a debootstrap older than the suite
-    _run(folder, "debootstrap", *arguments)
+    _run(folder, "debootstrap", *arguments, private=True)
     for package in (part / "var/cache/apt/archives").glob("*.deb"):
         package.unlink()
     for image in (part / "boot").glob("initrd*"):
@@ -186,8 +186,11 @@ def mirror() -> str:
     return debian[0] if debian else MIRROR
 
 
-def _run(folder: Path, *command: str) -> None:
-    """Runs it with its output in prepare.log; LabMissing with its last line when it fails."""
+def _run(folder: Path, *command: str, private: bool = False) -> None:
+    """Runs it with its output in prepare.log; LabMissing with its last line when it fails.
+
+    `private`: in a mount namespace, so that what it mounts goes with it, however it ends.
+    """
     environment = os.environ | {
         "DEBIAN_FRONTEND": "noninteractive",
         "LC_ALL": "C",
@@ -197,7 +200,8 @@ def _run(folder: Path, *command: str) -> None:
     log = folder / "prepare.log"
     with log.open("ab") as file:
         begin = file.tell()
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, check=False)
+        line = ["unshare", "--mount", *command] if private else command
+        done = subprocess.run(line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, check=False)
     if done.returncode:
         said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
         raise LabMissing(
