@@ -350,6 +350,7 @@ def test_run_answers_what_the_page_cache_has(ram: Ram, image: int) -> None:
     front.publish()
     left = [req.id for req in front.ring.run(image, 32)]
     if left == [1, 2, 3, 4, 5, 6]:
+        front.close()
         pytest.skip("RWF_NOWAIT reads are not served on this file system")
     assert left == [2, 3, 4, 5]
     assert ram.ram[ram.page(101) : ram.page(101) + 8192] == os.pread(image, 8192, 4096)

@@ -44,7 +44,7 @@ def test_everything_is_equal_at_the_end(tmp_path: Path, pure: str) -> None:
 def test_kept_running_it_answers_and_can_be_ended(tmp_path: Path) -> None:
     done = run_demo("--dir", str(tmp_path), "--keep")
     assert done.returncode == 0, done.stdout + done.stderr
-    ending = re.search(r"kill (\d+) (\d+); rm -r (\S+)", done.stdout)
+    ending = re.search(r"kill (\d+) (\d+); rm -r (\S+) (\S+)", done.stdout)
     assert ending, done.stdout
     guest, daemon = int(ending[1]), int(ending[2])
     try:

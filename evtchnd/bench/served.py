@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -26,10 +28,11 @@ START_S = 20.0
 
 
 class Daemon:
-    """`python -m evtchnd` in `folder`; ended with the context."""
+    """`python -m evtchnd`; configuration and log in `folder`. Ended by `stop()`."""
 
     def __init__(self, folder: Path, config: str = "") -> None:
-        self.runtime = folder / "run"
+        # not below `folder`, which may be deep: a socket's path ends at 107 bytes
+        self.runtime = Path(tempfile.mkdtemp(prefix="evtchnd-"))
         self._log = folder / "evtchnd.log"
         file = folder / "evtchnd.toml"
         file.write_text(config)
@@ -67,6 +70,7 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        shutil.rmtree(self.runtime, ignore_errors=True)
 
 
 class Served:

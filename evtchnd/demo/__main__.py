@@ -34,7 +34,8 @@ class Demo:
     def __init__(self, folder: Path, show: Show) -> None:
         self.folder = folder
         self.show = show
-        self.runtime = folder / "run"
+        # not below `folder`, which may be deep: a socket's path ends at 107 bytes
+        self.runtime = Path(tempfile.mkdtemp(prefix="evtchnd-"))
         self.disk = folder / "disk.img"
         self.processes: list[subprocess.Popen[str]] = []
 
@@ -229,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         if not kept:
             demo.stop()
             shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(demo.runtime, ignore_errors=True)
 
 
 def print_kept(demo: Demo) -> None:
@@ -241,7 +243,7 @@ def print_kept(demo: Demo) -> None:
     print("look:")
     print(f"  {bin_dir}/evtchnctl --runtime-dir {demo.runtime} info {DOMID}")
     print(f"  XENSTORED_PATH={demo.runtime}/xenstored.sock xenstore-ls")
-    print(f"end:\n  kill {pids}; rm -r {demo.folder}")
+    print(f"end:\n  kill {pids}; rm -r {demo.folder} {demo.runtime}")
 
 
 if __name__ == "__main__":
