@@ -130,7 +130,7 @@ def test_what_cannot_be_attached(daemon: DaemonProcess, tmp_path: Path) -> None:
         daemon.attach(7, path)
         with pytest.raises(RuntimeError, match="xvda is there already"):
             daemon.attach(7, path)
-        with pytest.raises(RuntimeError, match="in use by another guest"):
+        with pytest.raises(RuntimeError, match="in use by another disk"):
             daemon.attach(8, path)
         with pytest.raises(RuntimeError, match="domain 9 is not there"):
             daemon.attach(9, path)
@@ -139,6 +139,19 @@ def test_what_cannot_be_attached(daemon: DaemonProcess, tmp_path: Path) -> None:
         # nobody is connected to it: it goes at once
         assert daemon.call("detach_block", 7, "xvda")["forced"] is False
         daemon.attach(8, path)
+
+
+def test_domains_of_one_uuid_have_their_own_vm(daemon: DaemonProcess) -> None:
+    """Soft domains say none, which is a uuid of zeros."""
+
+    def name(guest: Guest) -> str:
+        return guest.store.read(guest.store.read("vm") + "/name")
+
+    with Guest(daemon, 7) as guest:
+        with Guest(daemon, 8) as other:
+            assert [name(guest), name(other)] == ["soft7", "soft8"]
+        until(lambda: len(daemon.call("list")) == 1, "the domain is still there")
+        assert name(guest) == "soft7"
 
 
 def test_a_vmm_that_dies_ends_its_domain_alone(daemon: DaemonProcess, tmp_path: Path) -> None:

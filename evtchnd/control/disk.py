@@ -95,7 +95,7 @@ def open_image(target: Path, *, readonly: bool) -> int:
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            reason = f"{target}: in use by another guest: attach it read-only to all of them"
+            reason = f"{target}: in use by another disk: attach it read-only, everywhere"
             raise OperatorError(reason, errno.EBUSY) from None
         except OSError:
             pass  # a file system without locks

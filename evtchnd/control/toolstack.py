@@ -12,6 +12,7 @@ from typing import Protocol
 from evtchnd.abi import GNTTAB_RESERVED_XENSTORE, XenbusState
 from evtchnd.control.disk import Disk
 from evtchnd.xenstore.client import Client
+from evtchnd.xenstore.local import LocalTransaction
 from evtchnd.xenstore.server import Server
 
 
@@ -51,12 +52,16 @@ def frontend(disk: Disk) -> str:
 
 def add_domain(server: Server, domain: Introduced) -> None:
     """The domain's directory, before its guest runs."""
-    domid, path, vm = domain.domid, home(domain.domid), f"/vm/{domain.uuid}"
+    domid, path = domain.domid, home(domain.domid)
     readable = ["n0", f"r{domid}"]
     writable = [f"n{domid}"]
     kib = domain.memory_bytes // 1024
     with server.transaction() as t:
         t.rm(path)  # whatever an earlier domain of that number left
+        # two guests may say the same uuid, or none (all 0): the second one's node has its number, too
+        vm = f"/vm/{domain.uuid}"
+        if vm in _vms(t):
+            vm = f"{vm}-{domid}"
         t.rm(vm)
         t.mkdir(vm, perms=readable)
         t.write(f"{vm}/uuid", domain.uuid, perms=readable)
@@ -89,7 +94,15 @@ def remove_domain(server: Server, domid: int, uuid: str) -> None:
     with server.transaction() as t:
         for kind in t.ls("/local/domain/0/backend") if t.exists("/local/domain/0/backend") else []:
             t.rm(f"/local/domain/0/backend/{kind}/{domid}")
-        t.rm(f"/vm/{uuid}")
+        t.rm(f"{home(domid)}/vm")
+        for vm in {f"/vm/{uuid}", f"/vm/{uuid}-{domid}"} - _vms(t):
+            t.rm(vm)
+
+
+def _vms(t: LocalTransaction) -> set[str]:
+    """The nodes below /vm that domains have."""
+    domains = t.ls("/local/domain") if t.exists("/local/domain") else []
+    return {t.get(f"/local/domain/{name}/vm", "") or "" for name in domains}
 
 
 def add_disk(server: Server, disk: Disk) -> None:
