@@ -147,7 +147,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help=f"TOML file, and FILE.d/*.toml ({configuration.DEFAULT_PATH})")
     add("--check-config", action="store_true", help="say what is wrong with it, one line each, and end")
-    add("--runtime-dir", metavar="DIR", help=f"where all sockets lie ({configuration.DEFAULT_RUNTIME_DIR})")
+    add(
+        "--runtime-dir",
+        type=_folder,
+        metavar="DIR",
+        help=f"where all sockets lie ({configuration.DEFAULT_RUNTIME_DIR})",
+    )
     add("--single-process", action="store_true", help="no worker processes: for debugging")
     add("--log-level", choices=("debug", "info", "warning", "error"))
     add("--log-format", choices=("auto", "text", "json", "journal"))
@@ -156,10 +161,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")  # an unset variable; not the folder of the system's daemon
+    return Path(text)
+
+
 def _config(args: argparse.Namespace) -> Config:
     config = configuration.load(args.config)
     said = {
-        "runtime_dir": args.runtime_dir and str(Path(args.runtime_dir).absolute()),
+        "runtime_dir": args.runtime_dir and str(args.runtime_dir.absolute()),
         "log_level": args.log_level,
         "log_format": args.log_format,
         "single_process": args.single_process,

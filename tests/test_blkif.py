@@ -103,6 +103,12 @@ def test_protocols() -> None:
     assert keys.frontend_ring(nodes(protocol=None), max_order=0).layout is X86_32
 
 
+def test_a_ring_in_a_log_line() -> None:
+    one = keys.frontend_ring(nodes(protocol="x86_64-abi", event_channel="3"), max_order=0)
+    assert str(one) == "x86_64-abi, 1 ring page, port 3"
+    assert str(keys.Ring((8, 9), 4, X86_32)) == "x86_32-abi, 2 ring pages, port 4"
+
+
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [

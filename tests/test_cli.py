@@ -155,6 +155,12 @@ def test_a_folder_that_cannot_be_made_is_one_line() -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
 
+def test_an_empty_folder_is_not_that_of_the_system() -> None:
+    done = run("evtchnd", "--runtime-dir", "")
+    assert done.returncode == 2
+    assert "--runtime-dir: an empty name" in done.stderr
+
+
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run("evtchnd", "--runtime-dir", tmp_path / "file")
@@ -331,6 +337,14 @@ def test_disks_of_the_config_are_there_when_the_domain_is(tmp_path: Path, image:
             assert [d["vdev"] for d in info["devices"]] == ["xvda"]
         assert it.end() == 0
         assert re.search(rf"error domain 7: xvdb: not attached: {image}.none: No such file", it.said)
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf", "1e300", "soon"])
+def test_a_time_that_is_none_is_wrong_usage(tmp_path: Path, seconds: str) -> None:
+    done = ctl(tmp_path, "--timeout", seconds, "list")
+    assert done.returncode == 2
+    assert re.search(rf"argument --timeout: .*'{seconds}'", done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 def test_nobody_there(tmp_path: Path) -> None:

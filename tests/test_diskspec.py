@@ -69,7 +69,7 @@ def test_what_else_it_may_say(text: str, changes: dict[str, object]) -> None:
         ("disk.img,raw,xvda,rx", "'rx' is no access"),
         ("disk.img,raw,xvda,rw,more", "'more' is one word too many"),
         ("disk.img,raw,xvda,rw,speed=9", "'speed' is no key of a disk"),
-        ("vdev=xvda,vdev=xvdb,target=a", "vdev is given twice"),
+        ("vdev=xvda,vdev=xvdb,target=a", "vdev is given twice: 'xvda' and 'xvdb'"),
         ("disk.img,raw,xvda,script=block-drbd", "hotplug scripts are not run"),
         ("disk.img,raw,xvda,backend=storage", "backend storage: this daemon serves as domain 0"),
         ("disk.img,raw,xvda,devtype=floppy", "'floppy' is no devtype"),

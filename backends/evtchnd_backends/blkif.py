@@ -30,6 +30,10 @@ class Ring:
     port: int
     layout: Layout
 
+    def __str__(self) -> str:
+        pages = len(self.grefs)
+        return f"{self.layout.name}, {pages} ring page{'s' if pages > 1 else ''}, port {self.port}"
+
     def params(self) -> dict[str, Any]:
         """Plain values that `from_params` understands."""
         return {"grefs": list(self.grefs), "port": self.port, "protocol": self.layout.name}

@@ -15,6 +15,7 @@ from evtchnd.control import diskspec
 from evtchnd.errors import OperatorError
 
 _RUNTIME_DIR = "/run/evtchnd"
+_LONGEST_S = 86400
 # io/xenbus.h
 _STATES = ("unknown", "initialising", "waits", "initialised", "connected", "closing", "closed", "reconfig", "reconfig")
 
@@ -104,7 +105,7 @@ def _arguments(argv: Sequence[str] | None) -> Asked:
     where.add_argument("--runtime-dir", metavar="DIR", default=argparse.SUPPRESS, help=f"the daemon's ({_RUNTIME_DIR})")
     where.add_argument("--socket", metavar="PATH", default=argparse.SUPPRESS, help="the daemon's control.sock itself")
     common.add_argument("-o", "--output", choices=("text", "json"), default=argparse.SUPPRESS)
-    common.add_argument("--timeout", type=float, metavar="S", default=argparse.SUPPRESS, help="for each answer")
+    common.add_argument("--timeout", type=_seconds, metavar="S", default=argparse.SUPPRESS, help="for each answer")
     change = argparse.ArgumentParser(add_help=False)
     change.add_argument("--dry-run", action="store_true", help="check, say what would be done, do nothing")
 
@@ -127,6 +128,14 @@ def _arguments(argv: Sequence[str] | None) -> Asked:
     detach.add_argument("device", metavar="DEV", help="xvda or 51712")
     detach.add_argument("--force", action="store_true", help="take it away from a guest that does not let it go")
     return parser.parse_args(argv, Asked(output="text", runtime_dir=None, socket=None, timeout=None))
+
+
+def _seconds(text: str) -> float:
+    """More than none, and no more than a socket takes."""
+    seconds = float(text)
+    if not 0 < seconds <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(f"'{text}' is not between 0 and {_LONGEST_S} seconds")
+    return seconds
 
 
 def _client(args: Asked) -> Client:

@@ -78,7 +78,7 @@ def parse(text: str) -> DiskSpec:
             if key == "target":
                 value = _old_prefix(word, said, positions)
         if key in said:
-            raise OperatorError(f"{key} is given twice")
+            raise OperatorError(f"{key} is given twice: '{said[key]}' and '{value}'")
         if key in positions:
             positions.remove(key)
         said[key] = value

@@ -219,7 +219,9 @@ class Supervisor:
                 await self._finish(worker)
                 if loop.time() - began > limits.restart_pause_max_s:
                     pause = 0.0
-                log.error("%s %d %s: starting another", self._name, worker.process.pid if worker.process else 0, how)
+                soon = f" in {pause:g} s" if pause else ""
+                pid = worker.process.pid if worker.process else 0
+                log.error("%s %d %s: starting another%s", self._name, pid, how, soon)
             await asyncio.sleep(pause)
             pause = min(max(pause * 2, limits.restart_pause_s), limits.restart_pause_max_s)
             try:
