@@ -118,10 +118,12 @@ def test_loopback_reaches_the_vcpu_of_its_target(domain: Domain) -> None:
 def test_ipis_stay_in_the_kernel(domain: Domain) -> None:
     domain.quiet()
     ipi = domain.bind_ipi(1)
+    upcalls = domain.upcalls(0), domain.upcalls(1)
     idle = sum(domain.runners[1].vcpu.exits.values())
     for i in range(1, 1 + scaled(200, least=10)):
         assert domain.sends(ipi, 1) == (0, NONE)
         domain.until(lambda i=i: domain.taken(ipi) == i)  # type: ignore[misc]
+    assert (domain.upcalls(0), domain.upcalls(1)) == (upcalls[0], upcalls[1] + i)
     assert sum(domain.runners[1].vcpu.exits.values()) == idle, "the vCPU that is told does not exit either"
 
 
