@@ -88,8 +88,8 @@ class Channel:
     """
 
     def __init__(self, kick: int, notify: int, *, name: str, poller: Poller | None = None) -> None:
-        _check_eventfd(kick, f"{name}: kick", semaphore_ok=False)
-        _check_eventfd(notify, f"{name}: notify", semaphore_ok=True)
+        check_eventfd(kick, f"{name}: kick", semaphore_ok=False)
+        check_eventfd(notify, f"{name}: notify", semaphore_ok=True)
         # The other end shares these file flags and could take O_NONBLOCK away again: it would stall its own domain.
         os.set_blocking(kick, False)
         os.set_blocking(notify, False)
@@ -434,7 +434,7 @@ class Poller:
             self.pumped(found=True)
 
 
-def _check_eventfd(fd: int, what: str, *, semaphore_ok: bool) -> None:
+def check_eventfd(fd: int, what: str, *, semaphore_ok: bool) -> None:
     """VmmError unless `fd` is an eventfd. The kernel tells in fdinfo (semaphores since 6.5; before, they pass)."""
     try:
         info = Path(f"/proc/self/fdinfo/{fd}").read_text()

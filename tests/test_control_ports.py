@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,4 +127,47 @@ async def test_a_domain_that_ends_while_ports_are_bound() -> None:
     table = Ports("domain 7", Slow(), 16)
     with pytest.raises(VmmError, match="the domain has ended"):
         await table.bind(51712, [5, 6])
+    assert descriptors() == before
+
+
+async def test_a_port_that_is_being_bound_is_waited_for_by_its_device_alone() -> None:
+    before = descriptors()
+    answer = asyncio.Event()
+
+    class Slow(Machine):
+        async def bind_ports(self, ports: Mapping[int, int]) -> dict[int, int]:
+            await answer.wait()
+            return await super().bind_ports(ports)
+
+    vmm = Slow()
+    ports = Ports("domain 7", vmm, 16)
+    first, second = (asyncio.create_task(ports.bind(51712, [5])) for _ in range(2))
+    await asyncio.sleep(0)
+    with pytest.raises(VmmError, match="port 5 is bound for another device"):
+        await ports.bind(51728, [5])
+    answer.set()
+    assert await first == await second
+    assert vmm.asked == [[5]]
+    ports.close()
+    assert descriptors() == before
+
+
+async def test_descriptors_that_are_no_eventfds() -> None:
+    before = descriptors()
+
+    class Wrong(Machine):
+        async def bind_ports(self, ports: Mapping[int, int]) -> dict[int, int]:
+            return {port: os.eventfd(0) if port == 5 else os.memfd_create("file") for port in ports}
+
+    vmm = Wrong()
+    ports = Ports("domain 7", vmm, 16)
+    with pytest.raises(VmmError, match=r"device 51712: port 6: notify: descriptor \d+ is no eventfd"):
+        await ports.bind(51712, [5, 6])
+    assert (len(ports), vmm.unbound) == (0, [5, 6])
+    pair = tuple(await ports.bind(51712, [5]))
+    for wrong in (lambda: (os.memfd_create("f"), os.eventfd(0)), lambda: (os.eventfd(0), os.memfd_create("f"))):
+        with pytest.raises(VmmError, match=r"domain 7: port 8: (kick|notify): "):
+            ports.resume({7: (os.eventfd(0), os.eventfd(0)), 8: wrong()})
+    assert tuple(await ports.bind(51712, [5])) == pair  # nothing has changed
+    ports.close()
     assert descriptors() == before

@@ -7,6 +7,7 @@ import logging
 import pytest
 
 from evtchnd.xenstore import wire
+from evtchnd.xenstore.client import TRANSACTIONS
 from evtchnd.xenstore.operations import handle
 from evtchnd.xenstore.quota import Connection
 from evtchnd.xenstore.store import Quotas, XenStore
@@ -682,6 +683,28 @@ def test_a_worker_reaches_its_guest_only(
     tool.write("/local/domain/0/backend/vbd/8/51712/params", "disk.img")
     worker = Guest(store, 0, confine=7)
     assert worker.ask(op, payload) == reply
+    assert store.check() == []
+
+
+def test_a_worker_s_quotas_are_not_its_guests() -> None:
+    store = XenStore(Quotas(watches=1, transactions=1, nodes=4))
+    tool = Guest(store, 0)
+    device = "/local/domain/0/backend/vbd/7/51712"
+    for number in range(51712, 51715):
+        tool.write(f"/local/domain/0/backend/vbd/7/{number}")
+    worker = Guest(store, 0, confine=7)
+    for number in range(200):
+        assert worker.ask(Op.WATCH, b"%b/state\0%d\0" % (device.encode(), number)) == OK
+    for _ in range(TRANSACTIONS):
+        assert isinstance(worker.ask(Op.TRANSACTION_START), bytes)
+    # what it may leave in this process has a bound: so many nodes a device, at any depth
+    made = 0
+    while worker.ask(Op.WRITE, f"{device}/queue-{made % 9}/{made}\0x".encode()) == OK:
+        made += 1
+    assert 200 < made < 256
+    assert worker.ask(Op.MKDIR, f"{device}/more\0".encode()) == "ENOSPC"
+    assert worker.ask(Op.WRITE, f"{device}/queue-0/0\0again".encode()) == OK
+    assert worker.ask(Op.WRITE, b"/local/domain/0/backend/vbd/7/51713/state\x002") == OK
     assert store.check() == []
 
 

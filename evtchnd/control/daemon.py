@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # VMMs that connect in one turn of the loop.
 _MOST_ACCEPTS = 16
+# After accept() has failed; asyncio's own servers wait as long.
+_ACCEPT_PAUSE_S = 1.0
 
 
 class Daemon:
@@ -226,7 +228,9 @@ class Daemon:
             except BlockingIOError:
                 return
             except OSError as exc:
-                log.error("a VMM cannot connect: %s", exc.strerror)
+                # it waits on: without a pause the loop would turn for nothing else (no descriptor is free, for one)
+                log.error("a VMM cannot connect: %s: next try in %g s", exc.strerror, _ACCEPT_PAUSE_S)
+                self._accept_later()
                 return
             pending = sum(connection.domain is None for connection in self._connections)
             if pending >= self._config.limits.pending_connections:
@@ -234,6 +238,17 @@ class Daemon:
                 sock.close()
                 continue
             self._connections.add(VmmConnection(sock, self, self._config.limits))
+
+    def _accept_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._vmm is not None:
+            loop.remove_reader(self._vmm.fileno())
+
+        def again() -> None:
+            if self._vmm is not None:
+                loop.add_reader(self._vmm.fileno(), self._accept)
+
+        loop.call_later(_ACCEPT_PAUSE_S, again)
 
     def register(self, register: p.Register, connection: VmmConnection) -> Domain:
         """A new domain. VmmError: its number is taken, there are too many; HostError: no descriptors left."""

@@ -250,7 +250,15 @@ class Domain:
             await self.supervisor.attach(disk)
 
     async def _stop(self) -> None:
-        """Ends worker, ring and nodes."""
+        """Ends worker, ring and nodes. To the end, also when who asked for it is cancelled meanwhile (its VMM goes)."""
+        work = asyncio.get_running_loop().create_task(self._stopped())
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            raise
+
+    async def _stopped(self) -> None:
         self.running = False
         await self.supervisor.end()
         ring, self._ring = self._ring, None
@@ -264,7 +272,12 @@ class Domain:
         if self._ended:
             return
         self._ended = True
-        await self._stop()
+        try:
+            await self._stop()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         if self._page is not None:
             self._page.close()
         self.ports.close()
@@ -276,12 +289,17 @@ class Domain:
     # ---- ports
 
     async def bind(self, devid: int, ports: Sequence[int]) -> list[int]:
-        """As Ports.bind."""
-        return await self.ports.bind(devid, ports)
+        """As Ports.bind, for a disk that is there."""
+        fds = await self.ports.bind(devid, ports) if devid in self.disks else []
+        if devid not in self.disks:  # it may have been taken away while the VMM thought about it
+            self.ports.unbind(devid, ports)
+            raise VmmError(f"{self.label}: device {devid} is not there", errno.ENODEV)
+        return fds
 
     def unbind(self, devid: int, ports: Sequence[int]) -> None:
-        """As Ports.unbind."""
-        self.ports.unbind(devid, ports)
+        """As Ports.unbind, for a device (STORE is no worker's)."""
+        if devid != STORE:
+            self.ports.unbind(devid, ports)
 
     def kick(self, devid: int) -> None:
         """As Ports.kick."""

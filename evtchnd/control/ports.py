@@ -6,6 +6,7 @@ replaces another one gets the same ones, with what was kicked meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from evtchnd import transport
+from evtchnd.channel import check_eventfd
 from evtchnd.control import descriptors
 from evtchnd.errors import EvtchndError, VmmError
 from evtchnd.messages import ALL_PORTS
@@ -53,7 +55,7 @@ class Ports:
         self._vmm = vmm
         self._most = most
         self._ports: dict[int, _Port] = {}
-        self._binding: set[int] = set()
+        self._binding: dict[int, tuple[int, asyncio.Event]] = {}  # owner, and when the VMM has answered
         self._over = False
 
     def __len__(self) -> int:
@@ -64,7 +66,14 @@ class Ports:
         return [port for port, each in self._ports.items() if each.owner == owner]
 
     def resume(self, ports: Mapping[int, tuple[int, int]]) -> None:
-        """Ports that are bound already: (kick, notify) by number. Takes the descriptors."""
+        """Ports that are bound already: (kick, notify) by number. Takes the descriptors. VmmError: no eventfds."""
+        try:
+            for port, (kick, notify) in ports.items():
+                check_eventfd(kick, f"{self._label}: port {port}: kick", semaphore_ok=False)
+                check_eventfd(notify, f"{self._label}: port {port}: notify", semaphore_ok=True)
+        except VmmError:
+            transport.close_all(fd for pair in ports.values() for fd in pair)
+            raise
         self._drop(list(self._ports))
         self._ports = {port: _Port(_NOBODY, kick, notify) for port, (kick, notify) in ports.items()}
 
@@ -74,6 +83,10 @@ class Ports:
         They stay ours. VmmError: the VMM refuses, or a port is another device's; HostError: no descriptors left.
         """
         what = f"{self._label}: " + ("xenstore" if owner == STORE else f"device {owner}")
+        for port in ports:
+            # a worker of this device may have asked already, and died before the VMM has answered
+            while (pending := self._binding.get(port)) is not None and pending[0] == owner:
+                await pending[1].wait()
         for port in ports:
             known = self._ports.get(port)
             other = known.owner if known is not None and not known.stale else _NOBODY
@@ -90,19 +103,28 @@ class Ports:
 
     async def _bind(self, owner: int, new: Sequence[int], what: str) -> None:
         descriptors.require(2 * len(new), what)
-        self._binding.update(new)
+        answered = asyncio.Event()
+        self._binding.update(dict.fromkeys(new, (owner, answered)))
         kicks: dict[int, int] = {}
+        notifies: dict[int, int] = {}
         try:
             for port in new:
                 kicks[port] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             notifies = await self._vmm.bind_ports(kicks)
+            for port, notify in notifies.items():
+                # the control plane itself writes to the store's: no pipe, no file on a share that hangs
+                check_eventfd(notify, f"port {port}: notify", semaphore_ok=True)
         except BaseException as exc:
-            transport.close_all(kicks.values())
+            transport.close_all([*kicks.values(), *notifies.values()])
+            if notifies:
+                self._vmm.unbind_ports(list(notifies))
             if isinstance(exc, EvtchndError):
                 raise VmmError(f"{what}: {exc}") from None
             raise
         finally:
-            self._binding.difference_update(new)
+            for port in new:
+                del self._binding[port]
+            answered.set()
         if self._over:
             transport.close_all([*kicks.values(), *notifies.values()])
             raise VmmError(f"{what}: the domain has ended")

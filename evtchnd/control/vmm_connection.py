@@ -61,6 +61,7 @@ class VmmConnection:
         self._busy: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Task[None] | None = None
+        self._farewell = ""  # what RELEASE said
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.call_later(limits.hello_s, self._late)
         self._link = Link(sock, self._received, self._closed, most=limits.vmm_queue)
@@ -284,7 +285,8 @@ class VmmConnection:
 
     async def _release(self, message: p.Release, _: list[int]) -> None:
         self._state = State.GONE
-        await self._host.release(self._of(), f"released by its VMM (reason {message.reason})")
+        self._farewell = f"released by its VMM (reason {message.reason})"
+        await self._host.release(self._of(), self._farewell)
 
     async def _ping(self, _: p.Ping, __: list[int]) -> None:
         pass
@@ -333,10 +335,11 @@ class VmmConnection:
         while self._requests:
             transport.close_all(self._requests.popleft()[1])
         self._table.drop()
-        if self._state is not State.GONE and self.domain is not None:
-            self._state = State.GONE
-            await self._host.release(self.domain, "its VMM has gone" if not reason else "its VMM's connection ended")
         self._state = State.GONE
+        if self.domain is not None:
+            # also after RELEASE: what carried it out was cancelled if the VMM did not wait for the answer
+            gone = "its VMM has gone" if not reason else "its VMM's connection ended"
+            await self._host.release(self.domain, self._farewell or gone)
         for task in list(self._tasks):
             task.cancel()
         self._host.gone(self)

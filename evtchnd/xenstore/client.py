@@ -163,6 +163,8 @@ class Transaction(Operations):
 
 # A transaction that met others so often will meet them for ever
 _TRIES = 32
+# Bodies of `transact` that run at once; the server allows a guest, and a worker, ten
+TRANSACTIONS = 8
 
 
 class Watch:
@@ -268,6 +270,7 @@ class Client(Operations):
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._watches: dict[bytes, Watch] = {}
         self._next = 0
+        self._transactions = asyncio.Semaphore(TRANSACTIONS)
 
     @classmethod
     async def connect(cls, path: str) -> Client:
@@ -385,7 +388,14 @@ class Client(Operations):
         return Transaction(self)
 
     async def transact(self, body: Callable[[Transaction], Awaitable[T]], *, tries: int = _TRIES) -> T:
-        """Run `body(t)` in a transaction, again from its start after each conflict; EAGAIN after `tries`."""
+        """Run `body(t)` in a transaction, again from its start after each conflict; EAGAIN after `tries`.
+
+        Not from within another body. More than TRANSACTIONS of them wait for one another.
+        """
+        async with self._transactions:
+            return await self._transact(body, tries)
+
+    async def _transact(self, body: Callable[[Transaction], Awaitable[T]], tries: int) -> T:
         for _ in range(tries):
             transaction = Transaction(self)
             await transaction.begin()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple, NoReturn
 
 from . import wire
@@ -144,6 +145,11 @@ def _create(request: Request, path: bytes, value: bytes) -> None:
     if conn.confine is not None and above.count(b"/") < _DEVICE_DEPTH:
         # A worker that is late: its toolstack has removed the device, it shall not come back as a stump
         raise XenStoreError("ENOENT", "the device was removed")
+    if conn.confine is not None and conn.quotas is not None:
+        device = b"/".join(path.split(b"/")[: _DEVICE_DEPTH + 1])
+        count = sum(1 for _ in islice(view.tree.walk(device), conn.quotas.nodes)) + len(missing)
+        if count > conn.quotas.nodes:
+            _refuse(request, "nodes", count, conn.quotas.nodes)
     perms = parent.perms if conn.privileged else ((conn.domid, parent.perms[0][1]), *parent.perms[1:])
     _check_size(request, path, value, perms)
     if not conn.privileged:

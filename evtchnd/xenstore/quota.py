@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Quotas:
-    """Limits of one guest: the C server's defaults. Domain 0 has none; a worker has those that count by connection."""
+    """Limits of one guest: the C server's defaults. Domain 0 has none; a worker's are WORKER."""
 
     nodes: int = 1000
     watches: int = 128
@@ -41,6 +41,10 @@ class Quotas:
     # than is read has to wait, but for so long at most
     unread_s: float = 20.0
 
+
+# A worker's connection, whatever the guests have: it serves up to 1,024 disks, with two watches each. `nodes` counts
+# below one device (a vbd has 26, a vif of 16 queues some 100); transactions are client.TRANSACTIONS.
+WORKER = Quotas(nodes=256, watches=4096)
 
 # A tool of domain 0 that reads nothing is disconnected at so many bytes: 10,000 devices' worth of events
 PRIVILEGED_OUT_MAX = 16 << 20
@@ -116,7 +120,7 @@ class Connection:
         self.confine = confine
         self.home = b"/local/domain/%d" % domain.domid
         # None: no quotas
-        self.quotas = None if self.privileged and confine is None else domain.quotas
+        self.quotas = domain.quotas if not self.privileged else None if confine is None else WORKER
         self.watches: dict[tuple[bytes, bytes], Watch] = {}
         self.transactions: dict[int, Transaction] = {}
         self.next_tx = 1
