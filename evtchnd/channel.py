@@ -13,9 +13,13 @@ async def pump():
         channel.notify()                # if push() said so
 ```
 
-After a pump the worker's one `Poller` looks at every ring's producer and at every completion source for a bounded
-time, in slices between which the loop runs. While it looks, no ring is armed: the guest sees an old req_event and
-sends no kick. Only then it arms each ring, which looks a last time, and sleeps.
+After a pump the worker's one `Poller` looks at the ring's producer and at every completion source for a bounded time,
+in slices between which the loop runs. While it looks, that ring is not armed: the guest sees an old req_event and sends
+no kick. Only then it arms the ring, which looks a last time, and sleeps.
+
+What it looks at are the *live* channels, those that were pumped and are not armed yet. One that had no work for a
+window is armed and no longer looked at, however busy the others are: the next kick makes it live again. So a look, a
+sleep and a kick cost the same with four thousand channels as with one.
 
 The window adapts, as KVM's halt polling does (Documentation/virt/kvm/halt-polling.rst), with one difference. KVM
 compares the time it slept with the longest window. Here that time contains the wake-up of this CPU, which is often
@@ -28,7 +32,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter_ns
@@ -65,10 +69,13 @@ class Source(Protocol):
 class _Kick:
     """What a pump awaits: hands control back to whoever steps it, once."""
 
-    __slots__ = ()
+    __slots__ = ("_once",)
 
-    def __await__(self) -> Generator[_Kick, None, None]:
-        yield self
+    def __init__(self) -> None:
+        self._once = (self,)
+
+    def __await__(self) -> Iterator[_Kick]:  # a tuple's iterator costs less than a generator
+        return iter(self._once)
 
 
 def _no() -> bool:
@@ -101,23 +108,24 @@ class Channel:
         self.notifications = 0
         self.closed = False
         self._poller = poller
-        self._kick = _Kick()
+        self._kick: Any = _Kick()
         self._coro: Coroutine[Any, Any, None] | None = None
         self._done: asyncio.Future[None] | None = None
         self._running = False
         self._again = False
-        # The poller's view; see Poller._look and _sleep.
+        # The poller's view; see Poller._look and _arm. `until`: when it had no work for a window; 0: it just had.
         self.pending: Callable[[], bool] = _no
         self.arm: Callable[[], bool] = _no
-        self.armed = True
         self.more = False
+        self.until = 0
 
     def kicked(self) -> Awaitable[None]:
         """Returns when there may be work: a kick, a poll that hit, `step()`. The first one waits, too.
 
         Only inside a coroutine that `drive()` steps.
         """
-        return self._kick
+        kick: Awaitable[None] = self._kick
+        return kick
 
     def drive(self, coro: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
         """Runs `coro` up to its first `kicked()` (it may work there already), then steps it from the reader callback.
@@ -134,7 +142,6 @@ class Channel:
         self._coro = coro
         self._done = loop.create_future()
         self._done.add_done_callback(self._ended)
-        self._poller.attach(self)
         loop.add_reader(self.kick_fd, self._on_kick)
         done = self._done
         self.advance()
@@ -142,9 +149,10 @@ class Channel:
         return done
 
     def watch(self, pending: Callable[[], bool], arm: Callable[[], bool]) -> None:
-        """What the poller looks at, and how it arms the ring before it sleeps.
+        """What the poller looks at, and how it arms the ring before it looks away.
 
-        pending: cheap, no effects; True: the pump has something to take. arm: True: there is something after all.
+        pending: cheap, no effects; True: the pump has something to take. arm: True: there is something after all (to be
+        seen after a full fence: a kick that came meanwhile may have been read already).
         Both must say False when the pump *cannot take more now* (its own bound reached), or the loop spins. What they
         raise ends the coroutine, with that error in `drive()`'s future.
         """
@@ -188,14 +196,15 @@ class Channel:
         if coro is None or self._running:
             self._again = self._running
             return
-        self._running = self._again = True
-        self.armed = False
-        self.more = False
+        self._running = True
+        self._again = False
         try:
-            while self._again:
-                self._again = False
+            while True:
                 if coro.send(None) is not self._kick:
                     coro.throw(RuntimeError(f"{self.name}: a pump awaits kicked() and nothing else"))
+                if not self._again:
+                    break
+                self._again = False
         except StopIteration:
             self.fail(None)
         except Exception as error:
@@ -206,17 +215,13 @@ class Channel:
             self._running = False
         if self._coro is not coro:  # closed from within its own pump
             coro.close()
+            return
+        self.more = False
+        self.until = 0
+        if self._poller is not None:
+            self._poller.live[self] = None
 
     def _on_kick(self) -> None:
-        try:
-            count = os.read(self.kick_fd, 8)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self.fail(HostError(f"{self.name}: kick: {error.strerror}"))
-            return
-        self.kicks += int.from_bytes(count, "little")
-        self.wakeups += 1
         poller = self._poller
         if poller is None:
             return
@@ -226,7 +231,26 @@ class Channel:
         except Exception as error:
             self.fail(error)
             return
-        self.advance()
+        # The answer first: the guest waits for it. A kick that comes before the read is lost with it, but not what it
+        # tells of: this ring is looked at again, or armed, in any case.
+        if found:
+            self.advance()
+            if self._coro is None:
+                return
+        try:
+            count = os.read(self.kick_fd, 8)
+        except BlockingIOError:
+            count = b""
+        except OSError as error:
+            self.fail(HostError(f"{self.name}: kick: {error.strerror}"))
+            return
+        if count:
+            self.kicks += int.from_bytes(count, "little")
+            self.wakeups += 1
+            if not found:
+                self.advance()
+        elif not found:
+            return
         poller.pumped(found=found)
 
     def fail(self, error: Exception | None) -> None:
@@ -252,9 +276,9 @@ class Channel:
     def _leave(self) -> None:
         coro, self._coro = self._coro, None
         self.pending = self.arm = _no
-        self.armed, self.more = True, False
+        self.more = False
         if self._poller is not None and self._done is not None:
-            self._poller.detach(self)
+            self._poller.live.pop(self, None)
             self._poller.loop.remove_reader(self.kick_fd)
             self._done = None
         # close() of a coroutine that is running (a pump that closes its own channel) raises: it ends by itself.
@@ -266,7 +290,7 @@ class Poller:
     """Adaptive polling: one a worker.
 
     max_us: the longest window in us; 0: never polls. Counters: `slices`, `hits` (polls that found work), `misses`
-    (windows that found none), `sleeps`.
+    (windows that found none), `sleeps`. `live`: the channels that are not armed, kept by them; a set in order.
     """
 
     def __init__(
@@ -279,7 +303,7 @@ class Poller:
         self.misses = 0
         self.sleeps = 0
         self._clock = clock
-        self._channels: tuple[Channel, ...] = ()
+        self.live: dict[Channel, None] = {}
         self._sources: tuple[Source, ...] = ()
         self._users: list[Source] = []
         self._next: asyncio.Handle | None = None
@@ -289,13 +313,6 @@ class Poller:
         self._skip = 0
         self._skipped = 0
         self._closed = False
-
-    def attach(self, channel: Channel) -> None:
-        """Looks at that channel from now on; `Channel.drive` calls it."""
-        self._channels = (*self._channels, channel)
-
-    def detach(self, channel: Channel) -> None:
-        self._channels = tuple(other for other in self._channels if other is not channel)
 
     def add_source(self, source: Source) -> None:
         """Looks at `source`, and reads its eventfd when asleep. Counted: one `remove_source` for each."""
@@ -319,7 +336,8 @@ class Poller:
         self._closed = True
         for source in self._sources:
             self.loop.remove_reader(source.eventfd)
-        self._sources = self._channels = ()
+        self._sources = ()
+        self.live.clear()
         self._users.clear()
         if self._next is not None:
             self._next.cancel()
@@ -360,6 +378,7 @@ class Poller:
         clock = self._clock
         now = clock()
         end = min(now + SLICE_NS, self._deadline)
+        live = tuple(self.live)
         try:
             while True:
                 hit = False
@@ -367,7 +386,7 @@ class Poller:
                     if source.pending():
                         source.ready()
                         hit = True
-                for channel in self._channels:
+                for channel in live:
                     try:
                         if channel.more or channel.pending():
                             channel.advance()
@@ -375,11 +394,13 @@ class Poller:
                     except Exception as error:
                         channel.fail(error)
                 now = clock()
-                if hit and self.window_ns:
-                    self.hits += 1
-                    self._skip >>= 1
-                    self.window_ns = min(self.window_ns * 2, self._max)
-                    self._deadline = now + self.window_ns
+                if hit:
+                    live = tuple(self.live)  # what was stepped may have stepped others
+                    if self.window_ns:
+                        self.hits += 1
+                        self._skip >>= 1
+                        self.window_ns = min(self.window_ns * 2, self._max)
+                        self._deadline = now + self.window_ns
                 if now >= end:
                     break
         finally:
@@ -387,10 +408,29 @@ class Poller:
         if self._closed:
             return
         if now < self._deadline:
+            self._settle(now)
             self._next = self.loop.call_soon(self._look)
         else:
             self._missed()
             self._sleep()
+
+    def _settle(self, now: int) -> None:
+        """Arms what had no work for a window, while others go on."""
+        for channel in tuple(self.live):
+            if not channel.until:
+                channel.until = now + self.window_ns
+            elif channel.until <= now:
+                self._arm(channel)
+
+    def _arm(self, channel: Channel) -> bool:
+        """True: it has more, and stays live; the next look steps it."""
+        try:
+            channel.more = channel.arm()
+        except Exception as error:
+            channel.fail(error)
+        if not channel.more:
+            self.live.pop(channel, None)
+        return channel.more
 
     def _missed(self) -> None:
         if self.window_ns:
@@ -399,7 +439,7 @@ class Poller:
             self.window_ns = halved if halved >= LEAST_NS else 0
 
     def _sleep(self) -> None:
-        """Arms every ring that was pumped since it was last armed; any that has more is stepped by the next look."""
+        """Arms every live ring; any that has more is stepped by the next look."""
         self._busy = True
         more = False
         try:
@@ -407,14 +447,8 @@ class Poller:
                 if source.pending():
                     source.ready()
                     more = True
-            for channel in self._channels:
-                if not channel.armed:
-                    try:
-                        channel.more = channel.arm()
-                    except Exception as error:
-                        channel.fail(error)
-                    channel.armed = not channel.more
-                    more = more or channel.more
+            for channel in tuple(self.live):
+                more = self._arm(channel) or more
         finally:
             self._busy = False
         if more:

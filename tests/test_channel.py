@@ -295,6 +295,85 @@ async def test_tries_that_never_pay_become_rare(
     assert MOST_SKIPPED >= 128
 
 
+async def test_it_looks_at_live_channels_only(channels: Callable[..., Channel], polling: Callable[..., Poller]) -> None:
+    """One is busy among many: the others are neither looked at nor armed again."""
+    poller = polling(max_us=50, clock=Clock(step=1000))
+    many = [Served(channels(poller)) for _ in range(100)]
+    await quiet(poller)
+    looks = arms = 0
+
+    def look() -> bool:
+        nonlocal looks
+        looks += 1
+        return False
+
+    def arm() -> bool:
+        nonlocal arms
+        arms += 1
+        return False
+
+    for served in many[1:]:
+        served.channel.watch(look, arm)
+    busy = many[0]
+    for number in range(1, 50):
+        busy.ring.put()
+        await until(lambda number=number: busy.taken == number)
+        if number % 10 == 0:
+            await quiet(poller)
+    await quiet(poller)
+    assert (looks, arms) == (0, 0)
+    assert busy.ring.arms >= 5
+    assert not poller.live
+
+
+async def test_one_that_falls_quiet_is_armed_while_others_go_on(
+    channels: Callable[..., Channel], polling: Callable[..., Poller]
+) -> None:
+    clock = Clock(step=1000)
+    poller = polling(max_us=50, clock=clock)
+    busy, quiet_one = Served(channels(poller)), Served(channels(poller))
+    await quiet(poller)
+    arms = quiet_one.ring.arms
+    busy.ring.put()
+    quiet_one.ring.put()
+    await until(lambda: busy.taken == quiet_one.taken == 1)
+    sleeps = poller.sleeps
+    for number in range(2, 200):
+        busy.ring.put()
+        await until(lambda number=number: busy.taken == number)
+    assert poller.sleeps == sleeps
+    assert busy.ring.arms == 1  # when it was made
+    assert quiet_one.ring.arms == arms + 1
+    assert quiet_one.ring.event == 2
+    quiet_one.ring.put()
+    await until(lambda: quiet_one.taken == 2)
+    assert quiet_one.channel.kicks == 2
+
+
+@pytest.mark.parametrize("max_us", [0, 50])
+async def test_a_kick_that_is_read_after_the_answer_is_not_lost(
+    channels: Callable[..., Channel], polling: Callable[..., Poller], max_us: int
+) -> None:
+    """The guest sees the answer and kicks again before the eventfd is read: both kicks are read at once."""
+    channel = channels(polling(max_us=max_us))
+    ring = Ring(channel.kick_fd)
+    taken = 0
+
+    async def pump() -> None:
+        nonlocal taken
+        while True:
+            await channel.kicked()
+            taken += ring.take()
+            if 0 < taken < 20:
+                ring.prod += 1
+                os.eventfd_write(channel.kick_fd, 1)
+
+    channel.watch(ring.pending, ring.arm)
+    channel.drive(pump())
+    ring.put()
+    await until(lambda: taken == 20)
+
+
 async def test_without_a_window_each_pump_is_followed_by_an_arm(
     channels: Callable[..., Channel], polling: Callable[..., Poller]
 ) -> None:

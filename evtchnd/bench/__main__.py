@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from evtchnd.bench import blk, report
+from evtchnd.bench import blk, report, wakeup
 from evtchnd.errors import EvtchndError
 
 
@@ -14,7 +14,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     block = commands.add_parser("blk", help="reads of a soft guest's disk, beside a backend in C on the same rings")
     blk.add_arguments(block)
-    for command in (block,):
+    waking = commands.add_parser("wakeup", help="from a guest's kick to the answer it sees, beside a server in C")
+    wakeup.add_arguments(waking)
+    for command, run in ((block, blk.run), (waking, wakeup.run)):
+        command.set_defaults(run=run)
         command.add_argument("--json", metavar="FILE", help="readings and ratios; -: alone on standard output")
         command.add_argument("--plot", metavar="FILE.svg", help="bar charts (extra `bench`)")
     return top
@@ -23,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
-        done = blk.run(arguments)
+        done = arguments.run(arguments)
         report.write(done, json_file=arguments.json, plot_file=arguments.plot)
     except EvtchndError as exc:
         print(f"evtchnd-bench: {exc}", file=sys.stderr)

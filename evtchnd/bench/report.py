@@ -16,6 +16,7 @@ from typing import Any
 from evtchnd import _core
 from evtchnd.errors import HostError
 
+PLOTS_ACROSS = 4
 COLOURS = ["#2b6cb0", "#a0aec0", "#dd6b20", "#718096"]
 
 
@@ -56,6 +57,7 @@ class Report:
     rounds     every single reading, in the order in which it was taken
     rows       what the table shows: (label, {column: text})
     series     what the picture shows: title -> {label: value}
+    machines   where readings come from that were not taken on this machine: place -> machine()
     """
 
     name: str
@@ -65,6 +67,7 @@ class Report:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     rows: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     series: dict[str, dict[str, float]] = field(default_factory=dict)
+    machines: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def ratio(self, name: str, value: float | None, bound: tuple[str, float]) -> None:
         """Notes a ratio and what it must reach: ("<=" or ">=", limit)."""
@@ -76,6 +79,7 @@ class Report:
         return {
             "benchmark": self.name,
             "machine": machine(),
+            **({"machines": self.machines} if self.machines else {}),
             "ratios": self.ratios,
             "bounds": {name: f"{sign} {limit}" for name, (sign, limit) in self.bounds.items()},
             "skipped": self.skipped,
@@ -127,7 +131,7 @@ def write(report: Report, *, json_file: str | None, plot_file: str | None) -> No
 
 
 def plot(name: str, series: Mapping[str, Mapping[str, float]], file: str) -> None:
-    """One bar chart a title, side by side. HostError without matplotlib (extra `bench`)."""
+    """One bar chart a title, in rows. HostError without matplotlib (extra `bench`)."""
     try:
         import matplotlib
     except ImportError:
@@ -135,8 +139,12 @@ def plot(name: str, series: Mapping[str, Mapping[str, float]], file: str) -> Non
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(series), figsize=(4 * len(series), 3.2), squeeze=False)
-    for axis, (title, bars) in zip(axes[0], series.items(), strict=True):
+    across = min(len(series), PLOTS_ACROSS) or 1
+    down = -(-len(series) // across) or 1
+    figure, axes = pyplot.subplots(down, across, figsize=(4 * across, 3.2 * down), squeeze=False)
+    for axis in axes.flat[len(series) :]:
+        axis.set_visible(False)
+    for axis, (title, bars) in zip(axes.flat, series.items(), strict=False):
         drawn = axis.bar(
             list(bars), list(bars.values()), color=["#2b6cb0", "#a0aec0", "#dd6b20", "#718096"][: len(bars)]
         )
