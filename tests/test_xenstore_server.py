@@ -8,6 +8,7 @@ import mmap
 import os
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -419,6 +420,24 @@ async def test_a_full_notification_counter_does_not_stall(guest_of: Callable[...
     os.eventfd_write(guest.notify, 2**64 - 2)
     os.eventfd_write(guest.kick, 2**64 - 3)
     assert await guest.ask(Op.READ, b"data\0") == b""
+    guest.close()
+
+
+async def test_a_full_counter_that_blocks_stalls_nobody(guest_of: Callable[..., FrontRing]) -> None:
+    """The file flags are the VMM's, too: it may take O_NONBLOCK away again."""
+    guest = guest_of()
+    os.eventfd_write(guest.notify, 2**64 - 2)
+    os.set_blocking(guest.notify, True)
+    os.set_blocking(guest.kick, True)
+    # ends the test where it fails
+    timer = threading.Timer(30, os.eventfd_read, [guest.notify])
+    timer.start()
+    try:
+        assert await guest.ask(Op.READ, b"data\0") == b""
+        assert not timer.finished.is_set()
+    finally:
+        timer.cancel()
+        timer.join()
     guest.close()
 
 

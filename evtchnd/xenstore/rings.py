@@ -16,6 +16,7 @@ import fcntl
 import logging
 import mmap
 import os
+import select
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,13 @@ def _own(fd: int) -> int:
     copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
     os.set_blocking(copy, False)
     return copy
+
+
+def _ready(fd: int, what: int) -> bool:
+    """Looked at before each read and write: the VMM can take O_NONBLOCK away again, and all guests would wait here."""
+    poll = select.poll()
+    poll.register(fd, what)
+    return bool(poll.poll(0))
 
 
 class RingConnection:
@@ -72,6 +80,8 @@ class RingConnection:
 
     def _kicked(self) -> None:
         try:
+            if not _ready(self._kick, select.POLLIN):
+                return
             os.read(self._kick, 8)
         except BlockingIOError:
             return
@@ -152,8 +162,10 @@ class RingConnection:
     def _tell(self) -> None:
         if self._dirty and not self.closed:
             self._dirty = False
-            with suppress(BlockingIOError):  # the counter is full: the guest has not looked yet, and will
-                os.write(self._notify, _ONE)
+            # Not ready: the counter is full, the guest has not looked yet, and will
+            with suppress(BlockingIOError):
+                if _ready(self._notify, select.POLLOUT):
+                    os.write(self._notify, _ONE)
 
     def _reconnect(self) -> None:
         """The guest wants a fresh ring: whatever was under way is dropped, in both directions."""
