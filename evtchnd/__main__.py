@@ -17,6 +17,7 @@ from typing import Any
 import uvloop
 
 from evtchnd import _core, protocol
+from evtchnd._core import words
 from evtchnd.control import config as configuration
 from evtchnd.control import logs, sdnotify
 from evtchnd.control.config import Config, ConfigError
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.setup(config.log_level, config.log_format)
     notifier = sdnotify.Notifier.from_environment()
     try:
+        words.need_atomics()  # every worker would end at its start
         passed = sdnotify.inherited()
         period = sdnotify.watchdog_period()
         # before any loop, thread or socket exists: every worker is a copy of what is here now

@@ -81,6 +81,21 @@ for call in (lambda: Mem(bytearray(8)).swap(0, 0, 1), lambda: GrantTable(GuestMe
     assert run.stdout.count("install Debian's libatomic1") == 2, run.stdout + run.stderr
 
 
+def test_without_libatomic_the_daemon_says_so_at_its_start(tmp_path: Path) -> None:
+    code = f"""
+import ctypes, sys
+def missing(name, *args):
+    raise OSError("cannot open shared object file")
+ctypes.PyDLL = missing
+from evtchnd.__main__ import main
+sys.exit(main(["--runtime-dir", {str(tmp_path / "run")!r}]))
+"""
+    run = python(code, EVTCHND_PURE="1")
+    assert run.returncode == 1
+    assert "install Debian's libatomic1" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 @pytest.mark.timeout(600)
 def test_a_build_without_a_compiler(tmp_path: Path) -> None:
     pytest.importorskip("Cython")
