@@ -38,7 +38,7 @@ Seconds = Annotated[float, Meta(ge=0.1, le=3600)]
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one guest, one VMM or one operator may cost this host."""
 
-    # A domain costs its worker (about 3 MB private) and 20 descriptors before its devices; 512 guests are more than
+    # A domain costs its worker (about 6 MB private) and 20 descriptors before its devices; 512 guests are more than
     # the largest hosts of Xen's own support statement serve. The domid space ends at 0x7ff0.
     domains: Annotated[int, Meta(ge=1, le=DOMID_FIRST_RESERVED - 1)] = 512
     # Connections that have not registered a domain yet: nobody's memory is known then, only a descriptor is held.
