@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -50,6 +51,20 @@ async def test_a_device_gets_the_same_eventfds_again() -> None:
     assert (len(ports), ports.of(51712)) == (2, [5, 6])
     ports.close()
     assert descriptors() == before
+
+
+async def test_a_full_kick_that_blocks_stalls_nobody() -> None:
+    ports = Ports("domain 7", Machine(), 16)
+    kick, _ = await ports.bind(51712, [5])
+    os.eventfd_write(kick, 2**64 - 2)
+    os.set_blocking(kick, True)  # the VMM's, too
+    timer = threading.Timer(30, os.eventfd_read, [kick])  # ends the test where it fails
+    timer.start()
+    ports.kick(51712)
+    assert not timer.finished.is_set()
+    timer.cancel()
+    timer.join()
+    ports.close()
 
 
 async def test_all_or_none() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import select
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -151,8 +152,13 @@ class Ports:
     def kick(self, owner: int) -> None:
         """Kicks every port of a device, as if its guest had."""
         for port in self.of(owner):
-            with suppress(BlockingIOError):  # full: it is kicked
-                os.write(self._ports[port].kick, _ONE)
+            kick = self._ports[port].kick
+            poll = select.poll()
+            poll.register(kick, select.POLLOUT)
+            # Not ready or EAGAIN: full, so it is kicked. The VMM shares O_NONBLOCK and could take it away.
+            with suppress(BlockingIOError):
+                if poll.poll(0):
+                    os.write(kick, _ONE)
 
     def close(self) -> None:
         """Closes all, for good."""
