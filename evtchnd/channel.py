@@ -78,6 +78,9 @@ class _Kick:
         return iter(self._once)
 
 
+_KICK: Any = _Kick()
+
+
 def _no() -> bool:
     return False
 
@@ -94,6 +97,27 @@ class Channel:
     `notifications`.
     """
 
+    # One of thousands is cold when its kick comes: it lies in one piece.
+    __slots__ = (
+        "__weakref__",
+        "_again",
+        "_coro",
+        "_done",
+        "_poller",
+        "_running",
+        "arm",
+        "closed",
+        "kick_fd",
+        "kicks",
+        "more",
+        "name",
+        "notifications",
+        "notify_fd",
+        "pending",
+        "until",
+        "wakeups",
+    )
+
     def __init__(self, kick: int, notify: int, *, name: str, poller: Poller | None = None) -> None:
         check_eventfd(kick, f"{name}: kick", semaphore_ok=False)
         check_eventfd(notify, f"{name}: notify", semaphore_ok=True)
@@ -108,7 +132,6 @@ class Channel:
         self.notifications = 0
         self.closed = False
         self._poller = poller
-        self._kick: Any = _Kick()
         self._coro: Coroutine[Any, Any, None] | None = None
         self._done: asyncio.Future[None] | None = None
         self._running = False
@@ -124,7 +147,7 @@ class Channel:
 
         Only inside a coroutine that `drive()` steps.
         """
-        kick: Awaitable[None] = self._kick
+        kick: Awaitable[None] = _KICK
         return kick
 
     def drive(self, coro: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
@@ -200,7 +223,7 @@ class Channel:
         self._again = False
         try:
             while True:
-                if coro.send(None) is not self._kick:
+                if coro.send(None) is not _KICK:
                     coro.throw(RuntimeError(f"{self.name}: a pump awaits kicked() and nothing else"))
                 if not self._again:
                     break
@@ -238,14 +261,14 @@ class Channel:
             if self._coro is None:
                 return
         try:
-            count = os.read(self.kick_fd, 8)
+            count = os.eventfd_read(self.kick_fd)
         except BlockingIOError:
-            count = b""
+            count = 0
         except OSError as error:
             self.fail(HostError(f"{self.name}: kick: {error.strerror}"))
             return
         if count:
-            self.kicks += int.from_bytes(count, "little")
+            self.kicks += count
             self.wakeups += 1
             if not found:
                 self.advance()

@@ -32,7 +32,7 @@ PLACES = ("soft", "channels", "host", "lab")
 SIDES = ("evtchnd", "c")
 CHECKOUT = Path(__file__).parents[2]
 LAB = CHECKOUT / "tests" / "lab"
-MARK = "evtchnd-bench wakeup: the lab's readings"
+MARK = "evtchnd-bench wakeup in the lab:"
 # A kick there takes about half a millisecond.
 LAB_KICKS = 300
 
