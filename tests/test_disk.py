@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from evtchnd._core.uring import Uring
 from evtchnd.channel import Poller
 from evtchnd.errors import HostError
 from evtchnd_backends.disk import SLOW_NS, RawDisk
+from evtchnd_backends.threads import THREADS
 from scale import scaled
 
 READ, WRITE, BARRIER, FLUSH, DISCARD = 0, 1, 2, 3, 5
@@ -266,11 +268,11 @@ async def test_a_failed_fdatasync_stays_failed(bench: Bench, caplog: pytest.LogC
     saved = os.dup(bench.fd)
     read, write = os.pipe()
     bench.disk.is_block = True  # no look at the length, which a pipe has not
-    os.dup2(read, bench.fd)  # fdatasync: EINVAL
+    os.dup2(read, bench.disk.fd)  # fdatasync: EINVAL
     for _ in range(3):
         bench.ask(FLUSH, 0)
     await bench.idle()
-    os.dup2(saved, bench.fd)
+    os.dup2(saved, bench.disk.fd)
     assert await bench.answer(FLUSH, 0) == ERROR
     assert set(bench.statuses.values()) == {ERROR}
     assert await bench.answer(WRITE, 0, bench.front.data(0)) == OKAY
@@ -425,6 +427,35 @@ async def test_close_waits_and_leaves_nothing(ram: Ram, image: Path, engine: str
         assert bench.disk.inflight == 0
         await bench.close()
     assert count() == before
+
+
+async def test_a_thread_that_comes_back_late_meets_nobody_s_file(ram: Ram, image: Path, tmp_path: Path) -> None:
+    """A disk that hangs is closed by force; its descriptors' numbers go to the next disks."""
+    bench = Bench(ram, image, "threads")
+    release = threading.Event()
+    for _ in range(THREADS):  # each hangs in the storage
+        bench.disk._engine._push(lambda: int(release.wait(30)), (), 1 << 40)  # type: ignore[attr-defined]
+    bench.fill(0, b"W" * 4096)
+    bench.ask(WRITE, 1, [(100, 1, 1)] if bench.front.data(0) else [])
+    hung = list(bench.disk._engine._threads)  # type: ignore[attr-defined]
+    await bench.disk.close(0.05)
+    numbers = [bench.fd, bench.event]
+    for fd in numbers:
+        os.close(fd)
+    others = [os.open(tmp_path / name, os.O_RDWR | os.O_CREAT) for name in "ab"]
+    assert sorted(others) == sorted(numbers)
+    release.set()
+    for thread in hung:
+        await asyncio.to_thread(thread.join)
+    assert [os.fstat(fd).st_size for fd in others] == [0, 0]
+    assert image.read_bytes()[512:1024] != b"W" * 512  # nor is it written when nobody answers for it any more
+    os.close(others.pop())
+    os.close(others.pop())
+    for fd in bench.disk._own:
+        os.close(fd)
+    bench.front.close()
+    assert bench.poller is not None
+    bench.poller.close()
 
 
 async def test_close_has_a_deadline(ram: Ram, image: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ from evtchnd.channel import Channel
 from evtchnd.errors import GuestError
 from evtchnd.grants import Page
 from evtchnd.journal import Journal
+from evtchnd.seldom import Seldom
 from evtchnd.worker.device import Device
 from evtchnd.xenbus import Step
 
@@ -51,7 +52,7 @@ async def run(device: Device) -> None:
         new = Vbd(device, disk, ring)
         await new.open(bus.fail, again=again)
         vbd = new
-        log.info("%s: %s: %s", device.name, "attached again" if again else "connected", ring)
+        say(log.info, "attached again" if again else "connected", ring)
 
     async def let_go() -> None:
         nonlocal vbd
@@ -59,7 +60,15 @@ async def run(device: Device) -> None:
             await vbd.close()
             totals.update(vbd.counters())
             vbd = None
+        if device.connected is not None:  # also after an attempt to attach again that failed
             device.connected_as(None)
+
+    def say(how: Callable[..., None], what: str, detail: object) -> None:
+        more = lines.due(what)
+        if more is not None:
+            how("%s: %s: %s%s", device.name, what, detail, more)
+
+    lines = Seldom()
 
     disk = RawDisk(
         device.disk_fd,
@@ -96,7 +105,7 @@ async def run(device: Device) -> None:
                     case Step.CLOSE:
                         await bus.switch(XenbusState.CLOSING)
                     case Step.FAIL:
-                        log.error("%s: stopped: %s", device.name, bus.failure)
+                        say(log.error, "stopped", bus.failure)
                         await let_go()
                         await bus.switch(XenbusState.CLOSING)
                     case Step.SHUT:
@@ -104,8 +113,10 @@ async def run(device: Device) -> None:
                         await bus.switch(XenbusState.CLOSED)
         finally:
             if vbd is not None:
-                await vbd.close()
+                await vbd.close(final=True)
             await disk.close()
+            if vbd is not None and not disk.inflight:
+                vbd.give_back()
 
 
 def features(device: Device, disk: RawDisk) -> dict[str, str]:
@@ -218,42 +229,58 @@ class Vbd:
             }
         return counted
 
-    async def close(self) -> None:
-        """Takes nothing more, waits for what is at the disk, answers it, gives port and pages back."""
+    async def close(self, *, final: bool = False) -> None:
+        """Takes nothing more, waits for what is at the disk, answers it, gives port and pages back.
+
+        `final`: waits DRAIN_SECONDS at most, the device ends. Else as long as it takes: a storage that hangs holds up
+        its own disk, but neither does the guest get pages back that are still written to, nor the next connection
+        answers that are not its own.
+        """
         if self._pump is not None:
             self._pump.cancel()
         ring, channel = self._ring, self._channel
         if ring is not None:
-            await self._drain(ring)
+            await self._drain(ring, final=final)
             if not self._broken and ring.push() and channel is not None:
                 channel.notify()
         if channel is not None:
             await self._device.unbind([channel])
-        if ring is not None:
-            if self._disk.inflight:
-                return  # the kernel may still write into these pages: they stay pinned
-            ring.close()
+        if not self._disk.inflight:  # else the kernel may still write into these pages: they stay pinned
+            self.give_back()
+
+    def give_back(self) -> None:
+        """The pages, unpinned; nothing is at the disk any more. Idempotent."""
+        if self._ring is not None:
+            self._ring.close()
         if self._journal is not None:
             self._journal.close()
         for page in self._pages:
             page.close()
 
-    async def _drain(self, ring: BlkRing) -> None:
-        """Waits for what is at the disk, DRAIN_SECONDS at most, and answers it."""
+    async def _drain(self, ring: BlkRing, *, final: bool) -> None:
+        """Waits for what is at the disk and answers it."""
         disk, due = self._disk, asyncio.Event()
         disk.wake = due.set
+
+        async def quiet() -> None:
+            while True:
+                due.clear()
+                for req, status in disk.finished():
+                    ring.done(req, status)
+                if not disk.inflight:
+                    return
+                await due.wait()
+
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
-                while True:
-                    due.clear()
-                    for req, status in disk.finished():
-                        ring.done(req, status)
-                    if not disk.inflight:
-                        return
-                    await due.wait()
+                await quiet()
         except TimeoutError:
+            what = "left to the kernel" if final else "waiting"
             log.error(
-                "%s: let go with %d requests at the disk after %g s", self._device.name, disk.inflight, DRAIN_SECONDS
+                "%s: %d requests are still at the disk after %g s: %s",
+                *(self._device.name, disk.inflight, DRAIN_SECONDS, what),
             )
+            if not final:
+                await quiet()
         finally:
             disk.wake = None

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from evtchnd.blkif import SECTOR_SIZE, Op, Status
 from evtchnd.errors import HostError
+from evtchnd.transport import close_all
 
 from .threads import Engine, Threads, fallocate
 
@@ -64,6 +65,7 @@ class RawDisk:
     """A raw image or block device behind `fd` (which stays the caller's).
 
     uring: None takes threads. eventfd: where completions show (the uring's own; threads make one if none is given).
+    Threads work on copies of `fd` and `eventfd`: the attributes of these names.
     poller: **pass the device's**: it looks at this disk and calls `wake` when there is something to collect; without
     one the caller adds a reader of `eventfd` itself. direct: opened with O_DIRECT.
     name: for log lines and errors. HostError: neither a file nor a block device, or smaller than a sector.
@@ -101,12 +103,17 @@ class RawDisk:
         self._geometry()
         self.nowait = not self.direct and _takes_nowait(fd)
         self.discard = None if readonly else self._discard()
-        self._own_eventfd = uring is None and eventfd is None
+        self._own: list[int] = []
         if uring is not None:
             eventfd = uring.eventfd
-        elif eventfd is None:
-            eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        else:
+            # io_uring holds the files it works on; a thread has but their numbers, which must not be others' when it
+            # comes back late
+            self.fd = os.dup(fd)
+            eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) if eventfd is None else os.dup(eventfd)
+            self._own = [self.fd, eventfd]
         self.eventfd: int = eventfd
+        self._closed = False
         self._engine: Engine = uring or Threads(eventfd)
         self._poller = poller
         self._clock = clock
@@ -179,6 +186,8 @@ class RawDisk:
 
         Leaves the poller, ends own threads; `fd` and the uring stay the caller's. Idempotent.
         """
+        if self._closed:
+            return
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         due = asyncio.Event()
@@ -203,9 +212,9 @@ class RawDisk:
                 self._poller.remove_source(self)
             if isinstance(self._engine, Threads):
                 self._engine.close()
-            if self._own_eventfd and not self.inflight:  # a thread that hangs would write into another file
-                self._own_eventfd = False
-                os.close(self.eventfd)
+            self._closed = not self.inflight
+            if self._closed:  # else they stay open for the thread that hangs
+                close_all(self._own)
 
     # -- each operation
 

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from evtchnd._core.uring import transfer
@@ -73,7 +73,13 @@ class Threads:
         return found
 
     def close(self) -> None:
-        """Ends the threads as they come back; one that hangs in the kernel is left behind (they are daemons)."""
+        """Ends the threads as they come back; one that hangs in the kernel is left behind (they are daemons).
+
+        What none of them has begun is dropped: it must not run when the disk is somebody else's.
+        """
+        with suppress(Empty):
+            while True:
+                self._todo.get_nowait()
         for _ in self._threads:
             self._todo.put(None)
         if not self.inflight:
