@@ -20,6 +20,8 @@ RATIOS = {
     "wakeup.host.polling.exit_over_eventfd_p50",
     "wakeup.lab.polling.exit_over_eventfd_p50",
     "wakeup.lab.asleep.exit_over_eventfd_p50",
+    "wakeup.host.polling.exit_c_over_eventfd_p50",
+    "wakeup.lab.polling.exit_c_over_eventfd_p50",
     "wakeup.cost_4000_over_1_channels",
     "wakeup.idle_256_channels_cpu",
 }
@@ -82,8 +84,8 @@ def test_many_channels() -> None:
 def test_a_guest_on_kvm() -> None:
     report, _ = bench("--places", "host")
     assert ran(report) == {name for name in RATIOS if ".host." in name}
-    exits = {way: {r["exits"] for r in report["rounds"] if r["way"] == way} for way in ("eventfd", "exit")}
-    assert exits == {"eventfd": {0}, "exit": {50}}
+    exits = {way: {r["exits"] for r in report["rounds"] if r["way"] == way} for way in ("eventfd", "exit", "exit_c")}
+    assert exits == {"eventfd": {0}, "exit": {50}, "exit_c": {50}}
     assert {(r["sleep"], r["side"]) for r in report["rounds"]} == {
         (sleep, side) for sleep in ("polling", "asleep") for side in ("evtchnd", "c")
     }

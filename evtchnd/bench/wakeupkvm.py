@@ -1,7 +1,8 @@
 """evtchnd-bench wakeup on KVM: a guest of one vCPU kicks by instruction (wakeupguest.c).
 
 For each server there are two ports: one that KVM turns into the server's eventfd, and one that it does not know, so
-that the vCPU exits and the VMM (wakeupvcpu.c) writes the same eventfd.
+that the vCPU exits and the VMM writes the same eventfd. The VMM of `exit` is evtchnd's own (kvm_machine.py, Python);
+that of `exit_c` is the least that there can be, in C (wakeupvcpu.c).
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from evtchnd.bench.report import Report
 from evtchnd.bench.wakeupserved import FRONT_CPU, Channels, Server, build
 from evtchnd.errors import HostError
 from evtchnd.vmm.kvm import XenHvm
-from evtchnd.vmm.kvm_agent import BASE, PORT_KICK, SIZE, Agent
+from evtchnd.vmm.kvm_agent import BASE, PORT_DONE, PORT_KICK, SIZE, Agent
 from evtchnd.vmm.kvm_irq import ioeventfd
-from evtchnd.vmm.kvm_machine import Machine
+from evtchnd.vmm.kvm_machine import Hypercall, Io, Machine
 
 if TYPE_CHECKING:
     from evtchnd.bench.wakeup import Sleep
 
 GUEST = Path(__file__).with_name("wakeupguest.c")
 VCPU = Path(__file__).with_name("wakeupvcpu.c")
-WAYS = ("eventfd", "exit")
+WAYS = ("eventfd", "exit", "exit_c")
 # Guest memory from 0: a page of words for each server, then the samples.
 PAGE, SAMPLES, RAM_BYTES = 4096, 0x10000, 0x100000
 MOST_KICKS = (RAM_BYTES - SAMPLES) // 4
@@ -81,7 +82,7 @@ def run(report: Report, place: str, program: Path, folder: Path, arguments: argp
             for way, sleep, side in cells if number % 2 == 0 else reversed(cells):
                 port, server = servers[side, sleep.polls]
                 before = server.cpu_us()
-                reading = guest.kick(port + (UNKNOWN_PORT if way == "exit" else 0), server.channels, sleep, kicks)
+                reading = guest.kick(way, port, server.channels, sleep, kicks)
                 reading["server_cpu_us"] = (server.cpu_us() - before) / kicks
                 cell = {"place": place, "way": way, "sleep": sleep.name, "side": side}
                 report.rounds.append({"round": number, **cell, **reading})
@@ -132,36 +133,57 @@ class Guest:
         else:
             ioeventfd(self._machine.fd, kick, PORT_KICK, 4, match=port)
 
-    def kick(self, port: int, channels: Channels, sleep: Sleep, kicks: int) -> dict[str, Any]:
-        """One reading of `kicks` kicks."""
+    def kick(self, way: str, port: int, channels: Channels, sleep: Sleep, kicks: int) -> dict[str, Any]:
+        """One reading of `kicks` kicks, one of WAYS."""
         if not self._cycles_us:
             self._cycles_us = 1000.0
-            self._go(port, channels, 0, min(kicks, 500))
+            self._go(way, port, channels, 0, min(kicks, 500))
         gap = int(sleep.gap_us * self._cycles_us)
-        seconds, exits = self._go(port, channels, gap, kicks)
+        seconds, exits = self._go(way, port, channels, gap, kicks)
         cycles = sorted(memoryview(self._memory)[SAMPLES : SAMPLES + 4 * kicks].cast("I").tolist())
         p50, p99, p999 = (cycles[kicks * part // 1000] / self._cycles_us for part in (500, 990, 999))
         return {"rounds": kicks, "seconds": seconds, "exits": exits, "p50_us": p50, "p99_us": p99, "p999_us": p999}
 
-    def _go(self, port: int, channels: Channels, gap: int, kicks: int) -> tuple[float, int]:
+    def _go(self, way: str, port: int, channels: Channels, gap: int, kicks: int) -> tuple[float, int]:
         """-> seconds, and how many kicks came to the VMM. Notes how fast the guest's clock runs."""
+        port += UNKNOWN_PORT if way != "eventfd" else 0
         order = (channels.offset, SAMPLES, kicks, gap, port, self._xen)
         _ORDER.pack_into(self._memory, self._order + _ORDER_AT, *order)
         patience = int(PATIENCE_S * 1e6 * max(self._cycles_us, 1000))
         struct.pack_into("<Q", self._memory, self._order + _PATIENCE, patience)
-        exits = ctypes.c_uint64()
-        state = ctypes.addressof(ctypes.c_char.from_buffer(self._state))
         began = time.perf_counter()
-        result = self._run_vcpu(self._vcpu.fd, state, channels.kicks[0], ctypes.byref(exits))
+        exits = self._in_c(channels.kicks[0]) if way == "exit_c" else self._in_python(channels.kicks[0])
         seconds = time.perf_counter() - began
-        if result:
-            what = os.strerror(-result) if result < 0 else f"exit {result}"
-            raise HostError(f"the guest ended: {what}")
         start, end, failed = struct.unpack_from("<3Q", self._memory, self._order + _BEGAN)
         if failed:
             raise HostError(f"the guest's kick of port {port} failed, or was not answered within {PATIENCE_S} s")
         self._cycles_us = (end - start) / seconds / 1e6
-        return seconds, exits.value
+        return seconds, exits
+
+    def _in_python(self, kick: int) -> int:
+        exits = 0
+        while True:
+            left = self._vcpu.run()
+            match left:
+                case Io(port=port) if port == PORT_DONE:
+                    return exits
+                case Io(port=port) if port == PORT_KICK:
+                    pass
+                case Hypercall():
+                    self._vcpu.answer(0)
+                case _:
+                    raise HostError(f"the guest ended: {left}")
+            os.eventfd_write(kick, 1)
+            exits += 1
+
+    def _in_c(self, kick: int) -> int:
+        exits = ctypes.c_uint64()
+        state = ctypes.addressof(ctypes.c_char.from_buffer(self._state))
+        result = self._run_vcpu(self._vcpu.fd, state, kick, ctypes.byref(exits))
+        if result:
+            what = os.strerror(-result) if result < 0 else f"exit {result}"
+            raise HostError(f"the guest ended: {what}")
+        return exits.value
 
     def __enter__(self) -> Guest:
         return self
