@@ -60,16 +60,15 @@ def _check(fd: int, offset: int, length: int, what: str, *, hugetlb: bool, forei
         raise VmmError(f"{what}: offset {offset:#x} and length {length:#x} must be multiples of {PAGE_SIZE}, not empty")
     if offset + length >= 1 << 63:
         raise VmmError(f"{what}: offset {offset:#x} + length {length:#x} wraps")
-    try:
-        info = os.fstat(fd)
-    except OSError as error:
-        raise VmmError(f"{what}: descriptor {fd}: {error.strerror}", errno.EBADF) from None
-    if not stat.S_ISREG(info.st_mode):
-        raise VmmError(f"{what}: the descriptor is no memfd")
     if not foreign:
+        # before anything else: fstat asks the file system, and that of a file on a share, or of the VMM's own making
+        # (FUSE), may never answer; a memfd's does
         _seal(fd, what)
     # after the seal: what is checked now cannot shrink any more
-    size = os.fstat(fd).st_size
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        raise VmmError(f"{what}: the descriptor is no memfd")
+    size = info.st_size
     if offset + length > size:
         raise VmmError(f"{what}: {offset:#x} + {length:#x} is past the end of the memfd ({size:#x})")
     if not hugetlb and is_hugetlb(fd):
@@ -80,7 +79,9 @@ def _check(fd: int, offset: int, length: int, what: str, *, hugetlb: bool, forei
 def _seal(fd: int, what: str) -> None:
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise VmmError(f"{what}: descriptor {fd}: {error.strerror}", errno.EBADF) from None
         raise VmmError(f"{what}: the descriptor is no memfd (it cannot be sealed)") from None
     if seals & fcntl.F_SEAL_SHRINK:
         return

@@ -7,10 +7,17 @@ import ctypes
 import os
 import struct
 
+from evtchnd import transport
 from evtchnd._core.uring import Uring
-from evtchnd.control.config import Vbd
-from evtchnd.control.disk import Disk
-from evtchnd.control.supervisor import drained
+from evtchnd.control.config import Config, Vbd
+from evtchnd.control.disk import Disk, Image
+from evtchnd.control.supervisor import Supervisor, _Worker, drained
+from evtchnd.worker import messages as m
+
+
+def a_disk() -> Disk:
+    image = Image(os.memfd_create("disk"), 512)
+    return Disk(7, 51712, "xvda", image, target="x", readonly=False, cdrom=False, vbd=Vbd())
 
 
 async def test_a_replay_waits_for_the_old_requests() -> None:
@@ -19,7 +26,7 @@ async def test_a_replay_waits_for_the_old_requests() -> None:
     uring = Uring(8, eventfd=eventfd)
     buffer = ctypes.create_string_buffer(8)
     iov = ctypes.create_string_buffer(struct.pack("=QQ", ctypes.addressof(buffer), 1))
-    disk = Disk(7, 51712, "xvda", os.memfd_create("disk"), target="x", readonly=False, cdrom=False, vbd=Vbd())
+    disk = a_disk()
     for tag in range(2):
         assert uring.readv(read, ctypes.addressof(iov), 1, 0, tag)
     uring.submit()
@@ -30,8 +37,65 @@ async def test_a_replay_waits_for_the_old_requests() -> None:
         assert not waits.done()
         os.write(write, b"x")
     await asyncio.wait_for(waits, 20)
-    disk.close()
-    disk.close()
+    transport.close_all(disk.close())
+    assert disk.close() == []
     uring.close()
     for fd in (read, write, eventfd):
         os.close(fd)
+
+
+async def test_a_disk_that_is_detached_is_waited_for_no_longer() -> None:
+    read, write = os.pipe()
+    eventfd = os.eventfd(0)
+    uring = Uring(8, eventfd=eventfd)
+    buffer = ctypes.create_string_buffer(8)
+    iov = ctypes.create_string_buffer(struct.pack("=QQ", ctypes.addressof(buffer), 1))
+    disk = a_disk()
+    assert uring.readv(read, ctypes.addressof(iov), 1, 0, 1)
+    uring.submit()
+    disk.keep_uring(os.dup(uring.fd))
+    waits = asyncio.create_task(drained(disk))
+    await asyncio.sleep(0.05)
+    assert not waits.done()
+    transport.close_all(disk.close())
+    await asyncio.wait_for(waits, 20)
+    os.write(write, b"x")
+    uring.close()
+    for fd in (read, write, eventfd):
+        os.close(fd)
+
+
+class _Process:
+    """A worker that says of any descriptor that it is its io_uring."""
+
+    pid = 1
+
+    def copy(self, number: int) -> int:
+        return os.dup(number)
+
+    def kill(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Owner:
+    domid = 7
+    running = True
+
+    def __init__(self, disk: Disk) -> None:
+        self.disks = {disk.devid: disk}
+
+
+async def test_what_a_worker_calls_its_io_uring_must_be_one() -> None:
+    """The control plane maps it: a file that is cut short is a SIGBUS, for all domains."""
+    disk = a_disk()
+    supervisor = Supervisor(_Owner(disk), None, Config())  # type: ignore[arg-type]
+    worker = _Worker()
+    worker.process = _Process()
+    empty, eventfd = os.memfd_create("empty"), os.eventfd(0)
+    assert supervisor._keep_uring(worker, m.Keep(1, disk.devid, empty)) == f"descriptor {empty} is no io_uring"
+    assert disk.uring == -1
+    uring = Uring(8, eventfd=eventfd)
+    assert supervisor._keep_uring(worker, m.Keep(2, disk.devid, uring.fd)) == ""
+    assert disk.uring >= 0
+    uring.close()
+    transport.close_all([*disk.close(), empty, eventfd])

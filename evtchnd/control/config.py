@@ -59,6 +59,8 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ports: Annotated[int, Meta(ge=1, le=EVTCHN_2L_PORTS_64)] = EVTCHN_2L_PORTS_64
     # Of one domain. A disk costs a ring of up to 16 pages, its journal and about 8 descriptors.
     disks: Annotated[int, Meta(ge=1, le=1024)] = 64
+    # Opening or closing an image: longer, and its storage hangs. A VMM waits 10 s for each answer.
+    image_s: Seconds = 8.0
     # Closing of a disk that its guest has to take part in: libxl's LIBXL_DESTROY_TIMEOUT.
     detach_s: Seconds = 10.0
     # Requests in flight when a worker is told to end, as Linux' netback waits for its own.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import socket
 from builtins import list as List
 from collections.abc import Mapping
@@ -20,11 +19,12 @@ import msgspec
 
 from evtchnd import protocol as p
 from evtchnd import transport
-from evtchnd.control import descriptors, disk, diskspec, toolstack
+from evtchnd.control import descriptors, diskspec, toolstack
 from evtchnd.control.config import Config
 from evtchnd.control.disk import Disk
 from evtchnd.control.diskspec import DiskSpec
 from evtchnd.control.domain import DESCRIPTORS, Domain
+from evtchnd.control.images import Images
 from evtchnd.control.inprocess import InProcess
 from evtchnd.control.vmm_connection import VmmConnection
 from evtchnd.control.zygote import Workers, Zygote
@@ -61,6 +61,7 @@ class Daemon:
         self._config = config
         self._workers: Workers = zygote if zygote is not None else InProcess()
         self._listening = dict(listening or {})
+        self._images = Images(config.limits.image_s)
         self._server = Server(quotas=Quotas(**msgspec.structs.asdict(config.xenstore)))
         self._domains: dict[int, tuple[Domain, VmmConnection]] = {}
         self._connections: set[VmmConnection] = set()
@@ -195,21 +196,20 @@ class Daemon:
 
     async def _open(self, domain: Domain, spec: DiskSpec) -> Disk:
         readonly = spec.readonly or spec.cdrom
-        # in a thread: a share that hangs must not stop what else is served
-        fd = await asyncio.to_thread(disk.open_image, spec.target, readonly=readonly)
+        image = await self._images.open(spec.target, readonly=readonly)
         try:
             # the domain may have changed meanwhile
             if self._domains.get(domain.domid, (None,))[0] is not domain:
                 raise OperatorError(f"{domain.label} has ended")
             domain.check_room(spec.devid, spec.vdev)
         except BaseException:
-            os.close(fd)
+            await self._images.close([image.fd])
             raise
         return Disk(
             domain.domid,
             spec.devid,
             spec.vdev,
-            fd,
+            image,
             target=str(spec.target),
             readonly=readonly,
             cdrom=spec.cdrom,
@@ -268,6 +268,7 @@ class Daemon:
             server=self._server,
             store=self._store,
             workers=self._workers,
+            images=self._images,
             config=self._config,
             attach=lambda: self._attach_configured(domain, specs),
         )
@@ -295,18 +296,18 @@ class Daemon:
     async def attach_passed(self, domain: Domain, message: p.Disk, fd: int) -> None:
         """A disk that a VMM passes as a descriptor. Takes `fd`."""
         readonly = bool(message.flags & (p.DiskFlag.READONLY | p.DiskFlag.CDROM))
+        image = await self._images.passed(fd, readonly=readonly)
         try:
             domain.check_room(message.devid, message.vdev)
-            disk.check_passed(fd, readonly=readonly)
         except BaseException:
-            os.close(fd)
+            await self._images.close([fd])
             raise
         await domain.attach(
             Disk(
                 domain.domid,
                 message.devid,
                 message.vdev,
-                fd,
+                image,
                 target=f"descriptor of {self._domains[domain.domid][1].peer}",
                 readonly=readonly,
                 cdrom=bool(message.flags & p.DiskFlag.CDROM),

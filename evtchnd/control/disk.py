@@ -8,16 +8,24 @@ import os
 import stat
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 from evtchnd import journal
 from evtchnd.control.config import Vbd
-from evtchnd.errors import HostError, OperatorError
+from evtchnd.errors import HostError, OperatorError, VmmError
 from evtchnd.worker.device import Params
 
 SECTOR = 512
 # A ring page holds 32 requests; the count for more pages rounds down to a power of two and never exceeds this.
 _ENTRIES_PER_PAGE = 32
 _BLKGETSIZE64 = 0x80081272  # linux/fs.h: _IOR(0x12, 114, size_t)
+
+
+class Image(NamedTuple):
+    """An image that is open, and its size in bytes."""
+
+    fd: int
+    size: int
 
 
 class Disk:
@@ -31,13 +39,14 @@ class Disk:
     kind = "vbd"
 
     def __init__(
-        self, domid: int, devid: int, vdev: str, fd: int, *, target: str, readonly: bool, cdrom: bool, vbd: Vbd
+        self, domid: int, devid: int, vdev: str, image: Image, *, target: str, readonly: bool, cdrom: bool, vbd: Vbd
     ) -> None:
-        """Takes `fd` over. HostError where no journal can be made; `fd` is closed then."""
+        """Takes the image over. HostError where no journal can be made; it is closed then."""
         self.domid = domid
         self.devid = devid
         self.vdev = vdev
-        self.fd = fd
+        self.fd = image.fd
+        self.sectors = image.size // SECTOR
         self.target = target
         self.readonly = readonly
         self.cdrom = cdrom
@@ -46,11 +55,10 @@ class Disk:
         self.reason = ""
         self.leaving = False
         try:
-            self.sectors = _size(fd) // SECTOR
             entries = _ENTRIES_PER_PAGE << vbd.max_ring_page_order
             self.journal = journal.create(entries, name=f"evtchnd-{domid}-{devid}")
         except BaseException:
-            os.close(fd)
+            os.close(image.fd)
             raise
 
     @property
@@ -64,17 +72,17 @@ class Disk:
         if old >= 0:
             os.close(old)
 
-    def close(self) -> None:
-        """Closes every descriptor. Idempotent."""
+    def close(self) -> list[int]:
+        """Closes its descriptors but for the image's, which is returned: closing that may block. Idempotent."""
         self.keep_uring(-1)
-        fds = (self.fd, self.journal)
+        fd, journal = self.fd, self.journal
         self.fd = self.journal = -1
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+        if journal >= 0:
+            os.close(journal)
+        return [fd] if fd >= 0 else []
 
 
-def open_image(target: Path, *, readonly: bool) -> int:
+def open_image(target: Path, *, readonly: bool) -> Image:
     """Opens what an operator named. Blocks as long as the file system does. OperatorError says why it cannot be.
 
     The image is locked (flock: shared for readers, exclusive for a writer) as long as any copy of the descriptor is
@@ -99,30 +107,32 @@ def open_image(target: Path, *, readonly: bool) -> int:
             raise OperatorError(reason, errno.EBUSY) from None
         except OSError:
             pass  # a file system without locks
-        if _size(fd) < SECTOR:
-            raise OperatorError(f"{target}: no sector fits into {_size(fd)} bytes")
+        size = _size(fd)
+        if size < SECTOR:
+            raise OperatorError(f"{target}: no sector fits into {size} bytes")
     except HostError as exc:
         os.close(fd)
         raise OperatorError(f"{target}: {exc}") from None
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return Image(fd, size)
 
 
-def check_passed(fd: int, *, readonly: bool) -> None:
-    """The same of a descriptor that a VMM passed. HostError (EINVAL in its reply) says what is wrong with it."""
+def check_passed(fd: int, *, readonly: bool) -> Image:
+    """The same of a descriptor that a VMM passed. VmmError says what is wrong with it."""
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-        raise HostError("the descriptor is neither a file nor a block device", errno.ENOTBLK)
+        raise VmmError("the descriptor is neither a file nor a block device", errno.ENOTBLK)
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if flags & os.O_PATH:
-        raise HostError("an O_PATH descriptor cannot be read")
+        raise VmmError("an O_PATH descriptor cannot be read")
     access = flags & os.O_ACCMODE
     if access == os.O_WRONLY or (access == os.O_RDONLY and not readonly):
-        raise HostError("the descriptor is not open for reading" + ("" if readonly else " and writing"))
+        raise VmmError("the descriptor is not open for reading" + ("" if readonly else " and writing"))
     if flags & os.O_APPEND:
-        raise HostError("an O_APPEND descriptor writes where it likes")
+        raise VmmError("an O_APPEND descriptor writes where it likes")
+    return Image(fd, _size(fd))
 
 
 def _size(fd: int) -> int:

@@ -22,6 +22,7 @@ from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
 from evtchnd.control.descriptors import Held
 from evtchnd.control.disk import Disk
+from evtchnd.control.images import Images
 from evtchnd.control.ports import STORE, Ports, Vmm
 from evtchnd.control.supervisor import Supervisor
 from evtchnd.control.zygote import Workers
@@ -51,6 +52,7 @@ class Domain:
         server: Server,
         store: Client,
         workers: Workers,
+        images: Images,
         config: Config,
         attach: Callable[[], Awaitable[None]],
     ) -> None:
@@ -68,12 +70,14 @@ class Domain:
         self.store_port = 0
         self.supervisor = Supervisor(self, workers, config)
         self._config = config
+        self._images = images
         self._server = server
         self._store = store
         self._attach_first = attach
         self._page: mmap.mmap | None = None
         self._ring: RingConnection | None = None
         self._ended = False
+        self._removing: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
 
     @property
@@ -275,16 +279,23 @@ class Domain:
         try:
             await self._stop()
         finally:
-            self._close()
+            await self._close()
 
-    def _close(self) -> None:
+    async def _close(self) -> None:
         if self._page is not None:
             self._page.close()
         self.ports.close()
-        for disk in self.disks.values():
-            disk.close()
+        images = [fd for disk in self.disks.values() for fd in disk.close()]
         _drop([*(held for _, held in self.slots.values()), *(held for _, held in self.frames.values())])
         self.disks, self.slots, self.frames = {}, {}, {}
+        await self._close_images(images)
+
+    async def _close_images(self, fds: Sequence[int]) -> None:
+        if fds:
+            try:
+                await self._images.close(fds)
+            except OperatorError as exc:
+                log.warning("%s: %s", self.label, exc)
 
     # ---- ports
 
@@ -313,6 +324,8 @@ class Domain:
 
     def check_room(self, devid: int, vdev: str) -> None:
         """OperatorError if there is no place for that disk."""
+        if self._ended:
+            raise OperatorError(f"{self.label} has ended")
         if devid in self.disks:
             raise OperatorError(f"{self.label}: {vdev} is there already: {self.disks[devid].target}", errno.EEXIST)
         if len(self.disks) >= self._config.limits.disks:
@@ -326,7 +339,7 @@ class Domain:
             toolstack.add_disk(self._server, disk)
             await self.supervisor.attach(disk)
             if disk.reason:
-                self.remove(disk)
+                await self.remove(disk)
                 raise OperatorError(f"{disk.name}: {disk.reason}")
 
     async def detach(self, disk: Disk, *, force: bool) -> bool:
@@ -335,7 +348,8 @@ class Domain:
         if self.running:
             limit = self._config.limits.detach_s
             if not await toolstack.ask_to_leave(self._server, self._store, disk, limit):
-                if self.disks.get(disk.devid) is disk and not force:
+                # its ring is gone if the guest let it go after all, while that was found out
+                if self.disks.get(disk.devid) is disk and disk.connected is not None and not force:
                     disk.leaving = True
                     raise OperatorError(
                         f"{disk.name}: the guest did not let it go in {limit:g} s: it is removed when the guest does",
@@ -348,26 +362,29 @@ class Domain:
     def disk_ended(self, disk: Disk) -> None:
         """The backend has ended by itself: after a detach that took too long, the rest of it happens now."""
 
-        def remove() -> None:
+        async def remove() -> None:
+            await asyncio.sleep(toolstack.SEEN_S)
             if self.disks.get(disk.devid) is disk:
-                self.remove(disk)
+                await self.remove(disk)
                 log.info("%s: removed", disk.name)
 
         if disk.leaving and not disk.reason:
-            asyncio.get_running_loop().call_later(toolstack.SEEN_S, remove)
+            task = asyncio.get_running_loop().create_task(remove())
+            self._removing.add(task)
+            task.add_done_callback(self._removing.discard)
 
     async def _take_away(self, disk: Disk) -> None:
         if self.disks.get(disk.devid) is disk:
             await self.supervisor.detach(disk)
         if self.disks.get(disk.devid) is disk:
-            self.remove(disk)
+            await self.remove(disk)
 
-    def remove(self, disk: Disk) -> None:
+    async def remove(self, disk: Disk) -> None:
         """Nodes, ports, descriptors."""
         del self.disks[disk.devid]
         self.ports.unbind(disk.devid, self.ports.of(disk.devid))
         toolstack.remove_disk(self._server, disk)
-        disk.close()
+        await self._close_images(disk.close())
 
 
 def _drop(held: Iterable[Held]) -> None:

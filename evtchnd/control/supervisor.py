@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import socket
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from evtchnd import transport
@@ -231,7 +233,7 @@ class Supervisor:
                     for disk in list(self._owner.disks.values()):
                         if not disk.reason:
                             self._spawn(self._attach(worker, disk))
-            except (HostError, VmmError) as exc:
+            except (HostError, VmmError, OSError) as exc:  # no descriptor is free, for one
                 worker = None
                 log.error("%s: %s: next try in %g s", self._name, exc, pause)
 
@@ -319,15 +321,20 @@ class Supervisor:
         if disk is None or worker.process is None:
             return "the device is gone"
         try:
-            disk.keep_uring(worker.process.copy(keep.number))
+            fd = worker.process.copy(keep.number)
         except HostError as exc:
             return f"its io_uring cannot be kept over a restart: {exc}"
+        # it is mapped here one day, and a file that was cut short would be a SIGBUS
+        if str(Path(f"/proc/self/fd/{fd}").readlink()) != "anon_inode:[io_uring]":
+            os.close(fd)
+            return f"descriptor {keep.number} is no io_uring"
+        disk.keep_uring(fd)
         return ""
 
     async def _bind(self, worker: _Worker, bind: m.Bind) -> None:
         try:
             fds = await self._owner.bind(bind.devid, bind.ports)
-        except (VmmError, HostError) as exc:
+        except (VmmError, HostError, OSError) as exc:
             worker.send(m.Bound(bind.id, str(exc)))
         else:
             worker.send(m.Bound(bind.id), fds)
@@ -343,7 +350,7 @@ async def drained(disk: Disk) -> None:
     loop = asyncio.get_running_loop()
     warn = loop.time() + _SLOW_S
     pause = _LOOK_S
-    while count := inflight_of(disk.uring):
+    while disk.uring >= 0 and (count := inflight_of(disk.uring)):  # -1: it was detached meanwhile
         if loop.time() > warn:
             warn = float("inf")
             log.warning("%s: %d requests of the worker that died are still in flight: waiting", disk.name, count)
