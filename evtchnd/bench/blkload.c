@@ -24,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, OP_READ = 0, OP_INDIRECT = 6, DIRECT_SEGMENTS = 11, MOST_SEGMENTS = 256 };
+enum { PAGE = 4096, OP_READ = 0, OP_INDIRECT = 6, DIRECT_SEGMENTS = 11, MOST_SEGMENTS = 256, PUSH_BYTES = 256 << 10 };
 enum { GTF_PERMIT_ACCESS = 1, GTF_READONLY = 4, GTF_READING = 8, GTF_WRITING = 16 };
 
 struct segment { uint32_t gref; uint8_t first, last; uint16_t pad; };
@@ -183,7 +183,7 @@ static void unpin(uint32_t gref)
     __atomic_fetch_and(&grants[gref].flags, (uint16_t)~(GTF_READING | GTF_WRITING), __ATOMIC_SEQ_CST);
 }
 
-static int16_t serve(const union entry *e, int image)
+static int16_t serve(const union entry *e, int image, size_t *served)
 {
     struct segment seg[MOST_SEGMENTS];
     struct iovec iov[MOST_SEGMENTS];
@@ -218,6 +218,7 @@ static int16_t serve(const union entry *e, int image)
         if (got != (ssize_t)want) status = -1;
     }
     while (pinned) unpin(seg[--pinned].gref);
+    *served += want;
     return status;
 }
 
@@ -237,9 +238,10 @@ static int back(void)
             uint32_t have = __atomic_load_n(&ring->req_prod, __ATOMIC_ACQUIRE), old = prod;
             if (have != cons) {
                 if (have - prod > mask + 1) { fprintf(stderr, "blkload: index jump\n"); return 3; }
-                while (cons != have) {
+                size_t served = 0;
+                while (cons != have && served < PUSH_BYTES) {
                     union entry copy = ring->entry[cons++ & mask];
-                    struct response r = { .id = copy.d.id, .op = copy.d.op, .status = serve(&copy, image) };
+                    struct response r = { .id = copy.d.id, .op = copy.d.op, .status = serve(&copy, image, &served) };
                     ring->entry[prod++ & mask].r = r;
                     requests++;
                 }
