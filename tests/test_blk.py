@@ -533,3 +533,23 @@ class RingModel(RuleBasedStateMachine):
 
 
 TestRingModel = RingModel.TestCase
+
+
+def test_run_hands_answers_over_before_the_whole_ring_is_read(ram: Ram, image: int) -> None:
+    os.pread(image, 4096 * 512, 0)
+    front = Blkfront(ram)
+    for id in range(5):
+        front.request(READ, id, 8 * id, front.data(id))
+    front.publish()
+    left = front.ring.run(image, 32, 8192)
+    if left:
+        front.close()
+        pytest.skip("RWF_NOWAIT reads are not served on this file system")
+    front.ring.push()
+    assert front.responses() == [(0, READ, 0), (1, READ, 0)]
+    assert front.ring.pending()
+    assert front.ring.run(image, 32, 4096 * 2 + 1) == []
+    front.ring.push()
+    assert front.responses() == [(2, READ, 0), (3, READ, 0), (4, READ, 0)]
+    assert not front.ring.pending()
+    front.close()

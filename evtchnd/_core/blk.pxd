@@ -70,8 +70,8 @@ cdef class BlkRing:
 
     @cython.locals(n=Py_ssize_t, req=Req, out=list)
     cpdef list take(self, Py_ssize_t most)
-    @cython.locals(n=Py_ssize_t, req=Req, out=list, got=cython.longlong)
-    cpdef list run(self, int fd, Py_ssize_t most)
+    @cython.locals(n=Py_ssize_t, req=Req, out=list, got=cython.longlong, end=cython.longlong)
+    cpdef list run(self, int fd, Py_ssize_t most, long long most_bytes=*)
     cpdef object done(self, Req req, int status)
     @cython.locals(new=uint32_t, old=uint32_t, event=uint32_t, i=int, entry=Py_ssize_t)
     cpdef bint push(self) except -1

@@ -235,9 +235,10 @@ class BlkRing:
             n -= 1
         return out
 
-    def run(self, fd: int, most: int) -> list[Req]:
+    def run(self, fd: int, most: int, most_bytes: int = 1 << 30) -> list[Req]:
         """`take`, and answer each READ whose data is in the page cache of `fd`; -> every other request.
 
+        Stops behind the request that makes the answers `most_bytes` long: the guest gets them while the rest is read.
         Uses RWF_NOWAIT; a file system that has none (tmpfs) is noticed once and not asked again.
         """
         self.ready()
@@ -246,7 +247,8 @@ class BlkRing:
             n = most
         out: list[Req] = []
         req = Req.__new__(Req)
-        while n > 0:
+        end = self.bytes + most_bytes
+        while n > 0 and self.bytes < end:
             n -= 1
             self.next_into(req)
             if req.op == 0 and req.status == 0 and self.nowait:
