@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from typing import Any, Self
 
 from evtchnd.abi import PAGE_SIZE
 from evtchnd.bench.ends import Ends
+from evtchnd.cli.process import evtchnctl
 from evtchnd.errors import HostError
 from evtchnd.guest.blkfront import Blkfront
 from evtchnd.guest.domain import Domain
@@ -53,15 +53,7 @@ class Daemon:
 
     def ctl(self, *arguments: str) -> Any:
         """What `evtchnctl -o json` prints. HostError with its message."""
-        done = subprocess.run(
-            [sys.executable, "-m", "evtchnd.cli.evtchnctl", "--runtime-dir", self.runtime, *arguments, "-o", "json"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise HostError(f"evtchnctl {arguments[0]}: {done.stderr.strip()}")
-        return json.loads(done.stdout) if done.stdout.strip() else None
+        return evtchnctl(self.runtime, *arguments)
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from evtchnd.cli.process import evtchnctl
 from evtchnd.demo import image
 from evtchnd.errors import EvtchndError, HostError
 
@@ -75,15 +76,7 @@ class Demo:
     def evtchnctl(self, *arguments: str) -> Any:
         """Runs the operator's command; what it prints with `-o json`."""
         self.show.line(f"$ evtchnctl {' '.join(arguments)}")
-        done = subprocess.run(
-            [sys.executable, "-m", "evtchnd.cli.evtchnctl", "--runtime-dir", self.runtime, *arguments, "-o", "json"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise HostError(f"evtchnctl {arguments[0]}: {done.stderr.strip()}")
-        return json.loads(done.stdout) if done.stdout.strip() else None
+        return evtchnctl(self.runtime, *arguments)
 
     def stop(self) -> None:
         """Ends what was started, the guest first."""

@@ -65,19 +65,26 @@ class Line:
             raise CaseFailed(f"nothing came for {self.timeout:g} s")
         return transport.recv(self.sock)
 
+    def message(self) -> tuple[p.Header, p.Body, list[int]] | None:
+        """The next one, read, with its descriptors; None at the end of the connection."""
+        came = self.recv()
+        if came is None:
+            return None
+        data, fds = came
+        try:
+            return *p.unpack(data, len(fds)), fds
+        except VmmError as e:
+            transport.close_all(fds)
+            raise CaseFailed(f"sends what is no message: {e}") from None
+
     def next_id(self) -> int:
         self._id += 1
         return self._id
 
     def reply_to(self, id: int) -> tuple[p.Body, list[int]]:
         """The reply with that id; serves questions meanwhile. Ended: the connection was closed instead."""
-        while (came := self.recv()) is not None:
-            data, fds = came
-            try:
-                header, message = p.unpack(data, len(fds))
-            except VmmError as e:
-                transport.close_all(fds)
-                raise CaseFailed(f"sends what is no message: {e}") from None
+        while (came := self.message()) is not None:
+            header, message, fds = came
             if not header.is_reply:
                 self._serve(header, message, fds)
             elif header.id == id:

@@ -117,15 +117,10 @@ class Suite:
     def registers_and_gives_its_tables(self) -> None:
         """Takes questions until START, which is left unanswered: the next case asks first."""
         while self.start_id < 0:
-            came = self.line.recv()
+            came = self.line.message()
             if came is None:
                 raise Ended("the connection was closed before START")
-            data, fds = came
-            try:
-                header, message = p.unpack(data, len(fds))
-            except VmmError as e:
-                transport.close_all(fds)
-                raise CaseFailed(f"sends what is no message: {e}") from None
+            header, message, fds = came
             if not isinstance(message, p.Message) or header.is_reply:
                 raise CaseFailed("sends a reply that nobody asked for")
             if isinstance(message, p.Start):
