@@ -24,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, OP_READ = 0, OP_INDIRECT = 6, DIRECT_SEGMENTS = 11, MOST_SEGMENTS = 256, PUSH_BYTES = 256 << 10 };
+enum { PAGE = 4096, OP_READ = 0, OP_INDIRECT = 6, DIRECT_SEGMENTS = 11, MOST_SEGMENTS = 256, PUSH_BYTES = 1 << 20 };
 enum { GTF_PERMIT_ACCESS = 1, GTF_READONLY = 4, GTF_READING = 8, GTF_WRITING = 16 };
 
 struct segment { uint32_t gref; uint8_t first, last; uint16_t pad; };
