@@ -40,8 +40,6 @@ from typing import Any, Protocol
 
 from .errors import HostError, VmmError
 
-_ONE = (1).to_bytes(8, "little")
-
 SLICE_NS = 20_000
 """How long a poll keeps the loop from other descriptors: about what one batch of a full ring costs."""
 LEAST_NS = 6_000
@@ -200,9 +198,10 @@ class Channel:
     def notify(self) -> None:
         """Raises the guest's event: one eventfd write, never blocks."""
         self.notifications += 1
-        # EAGAIN: the counter is full, so an event is pending anyway.
-        with suppress(BlockingIOError):
-            os.write(self.notify_fd, _ONE)
+        try:
+            os.eventfd_write(self.notify_fd, 1)
+        except BlockingIOError:
+            return  # the counter is full, so an event is pending anyway
 
     def close(self) -> None:
         """Ends the coroutine, leaves the loop, closes both descriptors. Idempotent."""
@@ -405,10 +404,6 @@ class Poller:
         try:
             while True:
                 hit = False
-                for source in self._sources:
-                    if source.pending():
-                        source.ready()
-                        hit = True
                 for channel in live:
                     try:
                         if channel.more or channel.pending():
@@ -416,6 +411,10 @@ class Poller:
                             hit = True
                     except Exception as error:
                         channel.fail(error)
+                for source in self._sources:
+                    if source.pending():
+                        source.ready()
+                        hit = True
                 now = clock()
                 if hit:
                     live = tuple(self.live)  # what was stepped may have stepped others

@@ -199,13 +199,15 @@ class Vbd:
         while True:
             last = ring.requests + ring.size  # a guest that fills the ring as fast as it is emptied waits its turn
             while True:
-                for req, status in disk.finished():
-                    ring.done(req, status)
+                if disk.inflight:
+                    for req, status in disk.finished():
+                        ring.done(req, status)
                 most = last - ring.requests
                 for req in ring.run(disk.fd, most, PUSH_BYTES) if disk.nowait else ring.take(most):
                     self._begin(ring, req)
-                for req, status in disk.finished():  # those that were done at once
-                    ring.done(req, status)
+                if disk.inflight:  # those that were done at once
+                    for req, status in disk.finished():
+                        ring.done(req, status)
                 # an earlier worker may have died between its push and its notification
                 if ring.push() or again:
                     channel.notify()
