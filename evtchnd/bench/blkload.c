@@ -24,6 +24,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "program.h"
+
 enum { PAGE = 4096, OP_READ = 0, OP_INDIRECT = 6, DIRECT_SEGMENTS = 11, MOST_SEGMENTS = 256, PUSH_BYTES = 1 << 20 };
 enum { GTF_PERMIT_ACCESS = 1, GTF_READONLY = 4, GTF_READING = 8, GTF_WRITING = 16 };
 
@@ -36,42 +38,14 @@ struct ring { uint32_t req_prod, req_event, rsp_prod, rsp_event; uint8_t pad[48]
 struct grant { uint16_t flags, domid; uint32_t frame; };
 _Static_assert(sizeof(struct direct) == 112 && sizeof(struct response) == 16, "blkif.h, x86_64");
 
-static const char **args;
-static long number(const char *name, long otherwise)
-{
-    size_t n = strlen(name);
-    for (const char **a = args; *a; a++)
-        if (!strncmp(*a, name, n) && (*a)[n] == '=')
-            return atol(*a + n + 1);
-    return otherwise;
-}
-
-static uint64_t now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000ull + t.tv_nsec;
-}
-
-static void die(const char *what) { perror(what); exit(1); }
-
 static uint8_t *ram;
 static struct ring *ring;
 static uint32_t mask;
-static volatile sig_atomic_t stopped;
-static void stop(int signal) { (void)signal; stopped = 1; }
-
 static uint64_t cpu_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
     return t.tv_sec * 1000000000ull + t.tv_nsec;
-}
-
-static int compare(const void *a, const void *b)
-{
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-    return x < y ? -1 : x > y;
 }
 
 static void signal_fd(int fd)

@@ -1,7 +1,7 @@
 """Does the other end of the VMM's socket speak docs/protocol.md?
 
     python -m evtchnd.vmm.conformance --socket /run/evtchnd/vmm.sock --role daemon
-    python -m evtchnd.vmm.conformance --socket /tmp/vmm.sock --role vmm
+    python -m evtchnd.vmm.conformance --socket ./vmm.sock --role vmm
 
 `--role daemon` tests the daemon that listens there, and acts as VMMs, good and bad; it uses the domain ids from
 `--domid` on, which must be free. `--role vmm` listens there, and tests the VMM that connects: one that registers a
