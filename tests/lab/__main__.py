@@ -1,14 +1,15 @@
-"""The lab by hand: `python tests/lab prepare [--if-possible]`, `python tests/lab run [--memory MIB] -- COMMAND...`."""
+"""The lab by hand: `python tests/lab prepare [--if-possible]`, `run [--memory MIB] -- COMMAND...`, `guests`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parent.parent)
 
-from lab import machine, prepare  # noqa: E402
+from lab import guestimage, machine, prepare  # noqa: E402
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,6 +34,16 @@ def run(arguments: argparse.Namespace) -> int:
     raise AssertionError("not reached")
 
 
+def guests() -> None:
+    """JSON: {"qemu": command line's beginning, "guests": {suite: {release, kernel, initramfs, root}}}."""
+    lab = prepare.find()
+    share = lab.tree / "usr/share"
+    firmware = ("-L", f"{share}/qemu", "-L", f"{share}/seabios")
+    found = {suite: guestimage.find(lab, suite) for suite in guestimage.SUITES}
+    told = {suite: {name: str(value) for name, value in vars(guest).items()} for suite, guest in found.items()}
+    print(json.dumps({"qemu": lab.program("usr/bin/qemu-system-x86_64", *firmware), "guests": told}))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/lab", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -43,10 +54,14 @@ def main() -> int:
     running.add_argument("--cpus", type=int, default=machine.CPUS, help="(%(default)s)")
     running.add_argument("--limit", type=float, default=3600.0, help="seconds for all of it (%(default)s)")
     running.add_argument("command", nargs="+", metavar="COMMAND", help="after a --, with its arguments")
+    verbs.add_parser("guests", help="where kernels and root file systems of real guests lie, and QEMU: JSON")
     arguments = parser.parse_args()
     try:
         if arguments.verb == "run":
             return run(arguments)
+        if arguments.verb == "guests":
+            guests()
+            return 0
         lab = prepare.prepare()
         print(f"lab: ready in {lab.folder}")
     except machine.LabMissing as exc:
