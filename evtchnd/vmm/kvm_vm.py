@@ -31,7 +31,7 @@ from evtchnd.vmm.hypercall import CALLS
 from evtchnd.vmm.kvm_agent import Agent, Command, Mailbox
 from evtchnd.vmm.kvm_irq import signal_msi
 from evtchnd.vmm.kvm_kernel import DoorbellKernel, KvmKernel
-from evtchnd.vmm.kvm_machine import Hypercall, Io, Machine, Stop, Vcpu
+from evtchnd.vmm.kvm_machine import Exit, Hypercall, Io, Machine, Stop, Vcpu
 from evtchnd.vmm.soft import (
     RAM_SLOT,
     SHARED_INFO_GFN,
@@ -270,7 +270,7 @@ class KvmVmm(SoftVmm):
 
     # ---- exits -------------------------------------------------------------------------------------------------
 
-    def exited(self, runner: _Runner, stop: Io | Hypercall | Stop) -> None:
+    def exited(self, runner: _Runner, stop: Exit) -> None:
         """In the vCPU's thread. HostError for what the agent never does."""
         if isinstance(stop, Hypercall):
             runner.vcpu.answer(self._answer(stop.number, stop.params, stop.cpl, stop.long_mode))
