@@ -105,7 +105,7 @@ def until(ready: Callable[[], object], what: str, seconds: float = 30.0) -> None
 
 
 async def serve(daemon: Any) -> None:
-    from evtchnd.control import diskspec
+    from evtchnd import diskspec
     from evtchnd.errors import EvtchndError
 
     reader = asyncio.StreamReader()

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evtchnd import diskspec
 from evtchnd.cli.varlink import Client
-from evtchnd.control import diskspec
 from evtchnd.errors import OperatorError
 
 _RUNTIME_DIR = "/run/evtchnd"
