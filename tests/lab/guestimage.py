@@ -88,7 +88,9 @@ class Guest:
         archive = initramfs.Archive()
         archive.folder("guest")
         archive.file("guest/script", script.encode(), 0o755)
-        return self.initramfs.read_bytes() + archive.end()
+        first = self.initramfs.read_bytes()
+        # an archive that is not compressed begins at a multiple of 4
+        return first + bytes(-len(first) % 4) + archive.end()
 
 
 def folder_of(lab: Lab, suite: str) -> Path:
