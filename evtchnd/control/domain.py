@@ -23,7 +23,7 @@ from evtchnd.control.config import Config
 from evtchnd.control.descriptors import Held
 from evtchnd.control.disk import Disk
 from evtchnd.control.images import Images
-from evtchnd.control.ports import STORE, Ports, Vmm
+from evtchnd.control.ports import CONSOLE, STORE, Ports, Vmm
 from evtchnd.control.supervisor import Supervisor
 from evtchnd.control.zygote import Workers
 from evtchnd.errors import EvtchndError, OperatorError, VmmError
@@ -68,6 +68,7 @@ class Domain:
         self.ports = Ports(self.label, vmm, config.limits.ports)
         self.disks: dict[int, Disk] = {}
         self.store_port = 0
+        self.console: tuple[int, int] | None = None  # port and guest frame
         self.supervisor = Supervisor(self, workers, config)
         self._config = config
         self._images = images
@@ -213,6 +214,16 @@ class Domain:
             self._page.close()
         self._page, self.store_port = page, port
 
+    def set_console(self, port: int, gfn: int) -> None:
+        """The guest's primary console. START looks whether the frame is there: the memory's table may come later."""
+        self.console = port, gfn
+
+    def _check_console(self) -> None:
+        if self.console is not None:
+            _, gfn = self.console
+            if not any(slot.gfn <= gfn < slot.gfn + slot.pages for slot, _ in self.slots.values()):
+                raise VmmError(f"{self.label}: console page: guest frame {gfn:#x} is in no memory slot")
+
     def store_socket(self) -> socket.socket:
         """A worker's XenStore connection: domain 0, confined to this guest's nodes."""
         ours, theirs = socket.socketpair()
@@ -225,6 +236,7 @@ class Domain:
         """Serves the domain. VmmError, HostError: it is not served, and may be started again."""
         if not self.slots:
             raise VmmError(f"{self.label}: START without memory")
+        self._check_console()
         try:
             await self._start()
         except BaseException:
@@ -247,6 +259,8 @@ class Domain:
         if self._page is not None:
             kick, notify = await self.ports.bind(STORE, [self.store_port])
             self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
+        if self.console is not None:
+            await self.ports.bind(CONSOLE, [self.console[0]])
         for disk in self.disks.values():
             toolstack.add_disk(self._server, disk)
         self.running = True
