@@ -21,12 +21,9 @@ from evtchnd.errors import EvtchndError, VmmError
 from evtchnd.messages import ALL_PORTS
 
 STORE = -1
-"""Owner of the XenStore ring's port; device numbers are not negative."""
-CONSOLE = -3
-"""Owner of the primary console's port."""
+"""Owner of the XenStore ring's port; a disk's is its number, a console's its `console_key`."""
 # Owner of a port that RESUME brought: the device that asks for it gets it.
 _NOBODY = -2
-_OWNERS = {STORE: "xenstore", CONSOLE: "console"}
 _ONE = (1).to_bytes(8, "little")
 
 
@@ -86,7 +83,7 @@ class Ports:
 
         They stay ours. VmmError: the VMM refuses, or a port is another device's; HostError: no descriptors left.
         """
-        what = f"{self._label}: " + _OWNERS.get(owner, f"device {owner}")
+        what = f"{self._label}: " + ("xenstore" if owner == STORE else f"device {owner}")
         for port in ports:
             # a worker of this device may have asked already, and died before the VMM has answered
             while (pending := self._binding.get(port)) is not None and pending[0] == owner:

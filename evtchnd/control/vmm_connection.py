@@ -270,7 +270,7 @@ class VmmConnection:
         self._of().set_store_page(message.port, fds[0], message.offset)
 
     async def _console(self, message: p.Console, _: list[int]) -> None:
-        self._of().set_console(message.port, message.gfn)
+        self._of().consoles.set_primary(message.port, message.gfn)
 
     async def _start(self, _: p.Start, __: list[int]) -> None:
         self._table.drop()
