@@ -69,6 +69,11 @@ class HvmOp:
         self.params = dict(params)
         self._set_vector, self._set_vcpu_vector = set_vector, set_vcpu_vector
 
+    def offer(self, params: Mapping[int, int]) -> None:
+        """More that the toolstack leaves."""
+        self._first |= params
+        self.params |= params
+
     def reset(self) -> None:
         """As before the guest's first call."""
         self.params = dict(self._first)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from evtchnd.abi import PAGE_SHIFT, PAGE_SIZE, SHARED_INFO_PENDING, SHARED_INFO_VCPUS, VCPU_INFO_SIZE
 from evtchnd.errors import EvtchndError, HostError
+from evtchnd.protocol import Feature
 from evtchnd.vmm import cpuid, legacy_ports, pvh
 from evtchnd.vmm.channels import Channels
 from evtchnd.vmm.client import Client, GrantFrame, MemorySlot
@@ -342,6 +343,10 @@ class MicroVm:
         if resumed:
             client.ports(self.channels.bound())
         client.xenstore(STORE_PORT, self._special.fd, STORE_GFN - (pvh.SPECIAL >> PAGE_SHIFT) << PAGE_SHIFT)
+        if Feature.CONSOLE in client.features:
+            client.console(CONSOLE_PORT, CONSOLE_GFN)
+            # a guest that finds these would wait for a console that nobody serves
+            self._hvm_op.offer({HvmParam.CONSOLE_PFN: CONSOLE_GFN, HvmParam.CONSOLE_EVTCHN: CONSOLE_PORT})
         for disk in guest.disks:
             client.disk(disk.devid, disk.vdev, disk.fd, readonly=disk.readonly, cdrom=disk.cdrom)
         client.start()

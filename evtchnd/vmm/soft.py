@@ -29,6 +29,7 @@ from evtchnd.abi import (
 )
 from evtchnd.errors import EvtchndError, HostError
 from evtchnd.memory import GuestMemory
+from evtchnd.protocol import Feature
 from evtchnd.vmm.channels import Channels, EventKernel
 from evtchnd.vmm.client import Client, Disconnected, GrantFrame, MemorySlot
 from evtchnd.vmm.shared_info import SharedInfo
@@ -271,6 +272,8 @@ class SoftVmm:
         if resumed:
             client.ports(self.channels.bound())
         client.xenstore(STORE_PORT, self._special_fd, (STORE_GFN - SPECIAL_GFN) * PAGE_SIZE)
+        if Feature.CONSOLE in client.features:
+            client.console(CONSOLE_PORT, CONSOLE_GFN)
         client.start()
 
     def _on_lost(self) -> None:
