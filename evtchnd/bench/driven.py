@@ -19,11 +19,12 @@ SHOWN = 2000
 class Driven:
     """The console's two ends, `read` and `write`; they stay the caller's."""
 
-    def __init__(self, read: int, write: int) -> None:
+    def __init__(self, read: int, write: int, first: bytes = b"") -> None:
+        """`first`: what was read already."""
         self._read = read
         self._write = write
-        self._unread = b""
-        self.log = bytearray()  # all that was said
+        self._unread = first
+        self.log = bytearray(first)  # all that was said
 
     def wait(self, pattern: str, seconds: float) -> re.Match[bytes]:
         """Reads on until a whole line matches: that one, `string` being all that came before it. HostError."""

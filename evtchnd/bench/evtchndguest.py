@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -14,14 +15,16 @@ from typing import Any, Self
 from evtchnd.bench.driven import Driven
 from evtchnd.bench.qemuguest import Disk
 from evtchnd.bench.served import Daemon
-from evtchnd.errors import HostError
+from evtchnd.cli.varlink import Client
+from evtchnd.errors import HostError, OperatorError
 
 DOMID = 1
 END_S = 30.0
+LOOK_S = 0.05
 
 
 class EvtchndGuest:
-    """Started at once, at a daemon that runs already; `console` takes commands when `booted` has returned."""
+    """Started at once, at a daemon that runs already."""
 
     side = "evtchnd"
 
@@ -42,30 +45,54 @@ class EvtchndGuest:
         self._stats.unlink(missing_ok=True)
         command = [sys.executable, "-m", "evtchnd.vmm.micro", "--socket", str(daemon.runtime / "vmm.sock")]
         command += ["--domid", str(DOMID), "--kernel", str(kernel), "--initrd", str(initramfs), "--append", append]
-        command += ["--memory", f"{memory_mib}M", "--vcpus", str(vcpus), "--console", "--stats-json", str(self._stats)]
+        command += ["--memory", f"{memory_mib}M", "--vcpus", str(vcpus), "--stats-json", str(self._stats)]
         for disk in disks:
             access = "ro" if disk.readonly else "rw"
             command += ["--disk", f"format=raw,vdev={disk.vdev},access={access},target={disk.image}"]
         self._log = folder / "micro.log"
         self._began = time.monotonic()
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self.console = Driven(self._process.stdout.fileno(), self._process.stdin.fileno())
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._socket: socket.socket | None = None
+        self._driven: Driven | None = None
+
+    @property
+    def console(self) -> Driven:
+        """Takes commands once `booted` has returned."""
+        if self._driven is None:
+            raise HostError("the guest has not been waited for")
+        return self._driven
 
     def pids(self) -> list[int]:
         """Whose CPU time is this side's: VMM, control plane and worker."""
-        return [self._process.pid, self._daemon.pid, self._daemon.ctl("info", str(DOMID))["worker"]["pid"]]
+        with Client(self._daemon.runtime / "control.sock") as client:
+            worker = client.call("io.evtchnd.Info", domid=DOMID)["worker"]["pid"]
+        return [self._process.pid, self._daemon.pid, worker]
 
     def booted(self, seconds: float) -> float:
         """Seconds from the start of the VMM to the first line of the guest's init. HostError with what it said."""
         try:
+            self._connect(seconds)
             self.console.wait(r"@@ init .*", seconds)
             took = time.monotonic() - self._began
             self.console.wait(r"@@ ready .*", seconds)
         except HostError as exc:
             raise HostError(f"evtchnd-micro: {exc}; its log ends with {self._log.read_text()[-500:]!r}") from None
         return took
+
+    def _connect(self, seconds: float) -> None:
+        """To the console, as soon as the domain is there."""
+        end = self._began + seconds
+        while True:
+            try:
+                with Client(self._daemon.runtime / "control.sock") as client:
+                    self._socket, first = client.upgrade("io.evtchnd.Console", domid=DOMID, devid=0)
+                break
+            except OperatorError as exc:
+                if self._process.poll() is not None or time.monotonic() > end:
+                    raise HostError(f"no console: {exc}") from None
+            time.sleep(LOOK_S)
+        self._driven = Driven(self._socket.fileno(), self._socket.fileno(), first)
 
     def exits(self) -> dict[str, Any]:
         """Exits of the vCPUs by reason; once the guest has ended."""
@@ -83,7 +110,5 @@ class EvtchndGuest:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        if self._socket is not None:
+            self._socket.close()
