@@ -108,10 +108,11 @@ def _raw(fd: int) -> Iterator[None]:
     before = termios.tcgetattr(fd)
     handlers = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
     try:
-        tty.setraw(fd)
+        tty.setraw(fd, termios.TCSANOW)
         yield
     finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        # now: a terminal that is stopped (^S) would never drain
+        termios.tcsetattr(fd, termios.TCSANOW, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
