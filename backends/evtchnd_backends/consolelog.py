@@ -45,7 +45,8 @@ class Allowance:
 class ConsoleLog:
     """Writes to the file `fd`; when that is full, its content becomes `old`'s and it begins again.
 
-    fd, old      descriptors for reading and writing; copies are kept, since the thread may outlive its console
+    fd, old      descriptors for reading and writing, `fd` with O_APPEND; copies are kept, since the thread may outlive
+                 its console
     size, rate   bytes of a file, bytes a second
     suppressed   bytes above the rate, so far; lost: bytes that the storage did not take
     """

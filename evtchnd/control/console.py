@@ -75,14 +75,15 @@ class Console:
             tty.setraw(self._pty[1])
             self.tty = os.ttyname(self._pty[1])
         except (OSError, HostError) as exc:
-            log.warning("%s: no pty: %s", self.name, exc)
+            log.warning("%s: no pty: %s", self.name, exc.strerror if isinstance(exc, OSError) else exc)
         if log_dir:
             path = Path(log_dir) / f"domain-{self.domid}-console-{self.devid}.log"
             try:
                 self._logs = await images.beside(str(path), lambda: _open_log(path), transport.close_all)
                 self.log_path = str(path)
             except (OSError, OperatorError) as exc:
-                log.warning("%s: no log: %s", self.name, exc)
+                reason = exc.strerror if isinstance(exc, OSError) else exc
+                log.warning("%s: no log: %s: %s", self.name, path, reason)
 
     def attach(self, id: int) -> tuple[m.AttachConsole, list[int]]:
         """What its worker gets, and the descriptors that go along."""

@@ -56,7 +56,7 @@ def parse(image: bytes) -> Image:
     """OperatorError says in one line why this cannot be started."""
     try:
         return _parse(memoryview(image))
-    except struct.error:
+    except (struct.error, IndexError, OverflowError):
         raise OperatorError("the ELF image ends too early") from None
 
 

@@ -18,6 +18,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Protocol
 
 from evtchnd.errors import OperatorError
 
@@ -105,11 +106,11 @@ def unpack(data: bytes, *, sized: bool) -> bytes:
     try:
         match name:
             case "gzip":
-                image = zlib.decompressobj(31).decompress(packed, MAX_UNPACKED)
+                image = _whole(zlib.decompressobj(31), packed)
             case "bzip2":
-                image = bz2.BZ2Decompressor().decompress(packed, MAX_UNPACKED)
+                image = _whole(bz2.BZ2Decompressor(), packed)
             case "xz" | "lzma":
-                image = lzma.LZMADecompressor().decompress(packed, MAX_UNPACKED)
+                image = _whole(lzma.LZMADecompressor(), packed)
             case "lz4":
                 image = _lz4(packed)
             case "zstd":
@@ -120,6 +121,19 @@ def unpack(data: bytes, *, sized: bool) -> bytes:
         raise OperatorError(f"its {name} payload is damaged: {error}") from None
     if size and len(image) != size:
         raise OperatorError(f"its {name} payload is damaged: {len(image)} bytes came out of it, {size} expected")
+    return image
+
+
+class _Unpacker(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+def _whole(unpacker: _Unpacker, data: bytes) -> bytes:
+    image = unpacker.decompress(data, MAX_UNPACKED)
+    if not unpacker.eof:
+        raise ValueError("it ends too early, or does not end")
     return image
 
 
