@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -94,17 +95,41 @@ class EvtchndGuest:
             time.sleep(LOOK_S)
         self._driven = Driven(self._socket.fileno(), self._socket.fileno(), first)
 
-    def exits(self) -> dict[str, Any]:
-        """Exits of the vCPUs by reason; once the guest has ended."""
-        found: dict[str, Any] = json.loads(self._stats.read_text()) if self._stats.exists() else {}
+    @property
+    def alive(self) -> bool:
+        """Whether the VMM still runs."""
+        return self._process.poll() is None
+
+    def ended(self, seconds: float) -> int:
+        """The VMM's exit status, once the guest has ended. HostError."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise HostError(f"the guest has not ended within {seconds:.0f} s") from None
+
+    def stats(self, seconds: float) -> dict[str, Any]:
+        """What evtchnd-micro --stats-json tells, by now. HostError."""
+        end = time.monotonic() + seconds
+        self._stats.unlink(missing_ok=True)
+        self._process.send_signal(signal.SIGUSR1)
+        while not self._stats.exists():
+            if not self.alive or time.monotonic() > end:
+                raise HostError(f"evtchnd-micro told nothing; its log ends with {self._log.read_text()[-500:]!r}")
+            time.sleep(LOOK_S)
+        found: dict[str, Any] = json.loads(self._stats.read_text())
         return found
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The guest is powered off, if it still runs."""
         with contextlib.suppress(HostError, OSError):
-            self.console.send("sync; poweroff -f")
+            if self.alive:
+                self.console.send("sync; poweroff -f")
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:

@@ -80,14 +80,14 @@ class QemuGuest:
             raise HostError(f"QEMU: {exc}; its log ends with {self._log.read_text()[-500:]!r}") from None
         return took
 
-    def exits(self) -> dict[str, int]:
-        """QEMU does not count them."""
-        return {}
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The guest is powered off, if it still runs."""
         with contextlib.suppress(HostError, OSError):
             self.console.send("sync; poweroff -f")
         try:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lab import inside, outside
-from lab.machine import EVERYTHING, INSIDE, xen_capability
+from lab import guestimage, inside, outside
+from lab.machine import EVERYTHING, INSIDE, LabMissing, xen_capability
+from lab.realguest import RealGuest
 
 HERE = Path(__file__).parent
 RUN = pytest.StashKey[outside.LabRun]()
@@ -82,3 +83,39 @@ def images() -> Iterator[Path]:
     """A folder for disk images on a real file system (the lab's ext4 disk), gone after the test."""
     with tempfile.TemporaryDirectory(prefix="i") as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="session", params=guestimage.SUITES)
+def guests(request: pytest.FixtureRequest) -> Iterator[Guests]:
+    """The real guest of one suite; booted by the first test that wants it, and again by the next when it has died."""
+    with tempfile.TemporaryDirectory(prefix="guest-") as folder:
+        found = Guests(request.param, Path(folder))
+        yield found
+        found.close()
+
+
+class Guests:
+    def __init__(self, suite: str, folder: Path) -> None:
+        self._suite = suite
+        self._folder = folder
+        self._guest: RealGuest | None = None
+
+    def get(self) -> RealGuest:
+        if self._guest is None or not self._guest.alive:
+            self.close()
+            self._guest = RealGuest(self._suite, self._folder)
+        return self._guest
+
+    def close(self) -> None:
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+
+
+@pytest.fixture
+def guest(guests: Guests) -> RealGuest:
+    """A real guest that runs; its disks but xvda and xvdb are the test's."""
+    try:
+        return guests.get()
+    except LabMissing as missing:
+        pytest.skip(str(missing))

@@ -90,6 +90,13 @@ def prepare() -> Lab:
     """The lab, made if it is not there. LabMissing says in one line what is missing."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise LabMissing(f"the lab wants Linux on x86-64, this is {sys.platform} on {platform.machine()}")
+    lab = _made()
+    for suite in guestimage.SUITES:
+        guestimage.find(lab, suite)  # its initramfs, so that the lab finds it made
+    return lab
+
+
+def _made() -> Lab:
     folder = cache()
     if tree_of(folder).is_dir() and packages_of(folder).is_dir() and not guestimage.missing(find()):
         return find()
