@@ -71,6 +71,14 @@ class DaemonProcess:
         """The log so far."""
         return self.log.read_text()
 
+    def end_at_once(self) -> None:
+        """SIGKILL, instead of an end in order."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
     def __enter__(self) -> Self:
         return self
 

@@ -55,7 +55,7 @@ _SETUP_TABLE = Layout("H2xIh6xQ", "H2xIh2xI")  # dom, nr_frames, status, frame_l
 _SETUP_STATUS = 8
 _QUERY_SIZE = Layout("H2xIIh2x")  # dom, nr_frames, max_nr_frames, status
 _SET_VERSION = Layout("I")
-_GET_STATUS_FRAMES = Layout("IHhQ")  # nr_frames, dom, status, frame_list
+_GET_STATUS_FRAMES = Layout("IHhQ", "IHhI")  # nr_frames, dom, status, frame_list
 _GET_VERSION = Layout("HHI")  # dom, pad, version
 # source and dest {union of ref u32 and gmfn, domid, offset}, len, flags, status
 _COPY = Layout("QHH4xQHH4xHHh2x", "IHHIHHHHh2x")

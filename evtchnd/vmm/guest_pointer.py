@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from evtchnd.abi import PAGE_SIZE
+from evtchnd.abi import PAGE_SHIFT, PAGE_SIZE
 from evtchnd.errors import GuestError
 from evtchnd.vmm.physmap import Physmap
 
@@ -53,9 +53,11 @@ class Pointers:
 
     def contiguous(self, address: int, size: int) -> int:
         """The physical address of a struct that KVM will write; GuestError where its two pages are apart."""
-        gpa = self.physical(address)
-        if self.physical(address + size - 1) != gpa + size - 1:
+        gpa, last = self.physical(address), self.physical(address + size - 1)
+        if last != gpa + size - 1:
             raise GuestError(f"{size} bytes at {address:#x} lie in two pages that are apart")
+        if any(self.memory.find(at >> PAGE_SHIFT) is None for at in (gpa, last)):
+            raise GuestError(f"address {gpa:#x} is in no memory slot")
         return gpa
 
     def read(self, address: int, size: int) -> bytes:

@@ -20,10 +20,12 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from evtchnd import diskspec
@@ -38,10 +40,10 @@ log = logging.getLogger("evtchnd-micro")
 
 _UNITS = {"K": 10, "M": 20, "G": 30, "": 20}
 _MIN_MEMORY, _MAX_MEMORY = 4 << 20, 1 << 40
-# A guest that resets sooner than this after its start would do so for ever.
-_SHORT_LIFE_S = 3.0
 # The daemon still clears the last domain of this number away.
 _FREE_AGAIN_S = 20.0
+# What is left of the guest's last words is read in no time.
+_REST_S = 10.0
 
 
 class Stats:
@@ -113,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     add("--vcpus", type=int, default=1, choices=range(1, MAX_VCPUS + 1), help="(%(default)s)")
     add("--disk", action="append", default=[], metavar="SPEC", help="as xl: disk.img,raw,xvda,rw; can be repeated")
     add("--disk-cache", choices=("none", "writeback"), default="writeback", help="none: O_DIRECT (%(default)s)")
+    add("--console", action="store_true", help="this terminal is the guest's console; ^] leaves it, the guest goes on")
     add("--grant-frames", type=int, default=32, choices=range(1, 65), metavar="1..64", help="(%(default)s)")
     add("--reboot", choices=("restart", "exit"), default="restart", help="what a reboot does (%(default)s)")
     add("--timeout", type=float, default=30.0, metavar="S", help="for an answer of the daemon's (%(default)s)")
@@ -182,21 +185,44 @@ def start(guest: Guest) -> MicroVm:
 
 
 def _say(text: bytes) -> None:
-    """What the guest says by console_io."""
+    """What the guest says by console_io (a kernel's early messages)."""
+    if sys.stderr.isatty():  # perhaps raw: it is the guest's console
+        text = text.replace(b"\n", b"\r\n")
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), text)
 
 
-def run(guest: Guest, stats: Stats, *, restart: bool, stats_file: Path | None) -> Ended:
+@contextlib.contextmanager
+def _console(guest: Guest) -> Iterator[None]:
+    """`evtchnctl console` in this terminal, as long as the guest runs or until ^]."""
+    command = [sys.executable, "-m", "evtchnd.cli.evtchnctl", "--runtime-dir", os.fspath(guest.socket.parent)]
+    child = subprocess.Popen([*command, "console", str(guest.domid)])
+    try:
+        yield
+    finally:
+        # the domain has ended: it shows the rest and goes by itself
+        try:
+            child.wait(_REST_S)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            child.wait()
+
+
+def run(guest: Guest, stats: Stats, *, restart: bool, console: bool, stats_file: Path | None) -> Ended:
     """Until the guest has ended for good."""
     label = f"domain {guest.domid} ({guest.name})"
     first = True
     while True:
-        began = time.monotonic()
         # at the start another's domid is another's
-        with MicroVm(guest, _say) if first else start(guest) as vm:
+        with contextlib.ExitStack() as running:
+            terminal = running.enter_context(contextlib.ExitStack())  # ends after the domain
+            vm = running.enter_context(MicroVm(guest, _say) if first else start(guest))
             first = False
             stats.follow(vm)
+            if console:
+                if not vm.has_console:
+                    raise OperatorError(f"{label}: --console: this daemon serves no consoles")
+                terminal.enter_context(_console(guest))
 
             def stop(number: int, _: object, vm: MicroVm = vm) -> None:
                 vm.end(Shutdown.POWEROFF, f"by {signal.Signals(number).name}")
@@ -210,8 +236,6 @@ def run(guest: Guest, stats: Stats, *, restart: bool, stats_file: Path | None) -
         log.info("%s: %s: %s", label, ended.reason.name.lower().replace("_", " "), ended.text)
         if ended.reason is not Shutdown.REBOOT or not restart:
             return ended
-        if time.monotonic() - began < _SHORT_LIFE_S:
-            return Ended(Shutdown.CRASH, f"it has reset at once, {ended.text}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -234,7 +258,13 @@ def main(arguments: list[str] | None = None) -> int:
                 opened.callback(os.close, disks[-1].fd)
             guest = guest_of(args, tuple(disks))
             stats = Stats(guest)
-            ended = run(guest, stats, restart=args.reboot == "restart", stats_file=args.stats_json)
+            ended = run(
+                guest,
+                stats,
+                restart=args.reboot == "restart",
+                console=args.console,
+                stats_file=args.stats_json,
+            )
         except (EvtchndError, OSError) as error:
             print(f"evtchnd-micro: {error}", file=sys.stderr)
             return 1

@@ -103,7 +103,6 @@ class MicroVm:
         self.accesses = legacy_ports.Accesses()
         self._over = threading.Event()
         self._ended: Ended | None = None
-        self._ending = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._shared_info: int | None = None
         with contextlib.ExitStack() as undo:
@@ -214,6 +213,11 @@ class MicroVm:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def has_console(self) -> bool:
+        """Whether the daemon serves the guest's console."""
+        return HvmParam.CONSOLE_PFN in self._hvm_op.params
+
     def exits(self) -> Counter[str]:
         """Why vCPUs left the guest, all of them."""
         return sum((vcpu.exits for vcpu in self.vcpus), Counter())
@@ -250,8 +254,11 @@ class MicroVm:
             case _ if stop.reason == "kicked":
                 pass
             case _ if stop.reason == "shutdown":
-                # as HVM_PARAM_TRIPLE_FAULT_REASON says where a toolstack says nothing else
-                self.end(Shutdown.REBOOT, f"vCPU {vcpu.number}: triple fault ({vcpu.registers()})")
+                # A reset, as HVM_PARAM_TRIPLE_FAULT_REASON says where a toolstack says nothing else; but a guest that
+                # has not come as far as to hear of events would do it again and again.
+                up = self._hvm_op.params.get(HvmParam.CALLBACK_IRQ)
+                reason = Shutdown.REBOOT if up else Shutdown.CRASH
+                self.end(reason, f"vCPU {vcpu.number}: triple fault ({vcpu.registers()})")
             case _:
                 self.end(Shutdown.CRASH, f"vCPU {vcpu.number}: KVM gave up: {stop.reason} ({vcpu.registers()})")
 
@@ -379,10 +386,9 @@ class MicroVm:
             threading.Thread(target=self._come_back, name=f"{self.guest.name} resume", daemon=True).start()
 
     def _come_back(self) -> None:
-        with self._ending:
-            try:
-                with self.channels.turn:
-                    self.link.resume(self.guest.resume)
-                log.info("domain %d (%s): the daemon is back", self.guest.domid, self.guest.name)
-            except (EvtchndError, OSError) as error:
-                self.end(Shutdown.CRASH, f"the daemon has not come back: {error}")
+        try:
+            with self.channels.turn:
+                self.link.resume(self.guest.resume)
+            log.info("domain %d (%s): the daemon is back", self.guest.domid, self.guest.name)
+        except (EvtchndError, OSError) as error:
+            self.end(Shutdown.CRASH, f"the daemon has not come back: {error}")
