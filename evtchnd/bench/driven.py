@@ -31,19 +31,34 @@ class Driven:
         wanted = re.compile(rb"^" + pattern.encode() + rb"\r?\n", re.MULTILINE)
         end = time.monotonic() + seconds
         while not (found := wanted.search(self._unread)):
-            left = end - time.monotonic()
-            if left <= 0 or not select.select([self._read], [], [], left)[0]:
+            more = self._more(end)
+            if more is None:
                 raise HostError(f"the guest's console: no {pattern!r} within {seconds:.0f} s, but {self._tail()}")
-            try:
-                data = os.read(self._read, 1 << 16)
-            except OSError:  # a pty whose other end has gone
-                data = b""
-            if not data:
+            if not more:
                 raise HostError(f"the guest's console ended before {pattern!r}, with {self._tail()}")
-            self._unread += data
-            self.log += data
         self._unread = self._unread[found.end() :]
         return found
+
+    def ends(self, seconds: float) -> None:
+        """Reads on until nobody can write to the console any more. HostError."""
+        end = time.monotonic() + seconds
+        while more := self._more(end):
+            pass
+        if more is None:
+            raise HostError(f"the guest's console has not ended within {seconds:.0f} s, but said {self._tail()}")
+
+    def _more(self, end: float) -> bool | None:
+        """Reads what is there; False: no more will come, None: nothing has until `end`."""
+        left = end - time.monotonic()
+        if left <= 0 or not select.select([self._read], [], [], left)[0]:
+            return None
+        try:
+            data = os.read(self._read, 1 << 16)
+        except OSError:  # a pty whose other end has gone
+            data = b""
+        self._unread += data
+        self.log += data
+        return bool(data)
 
     def send(self, command: str) -> None:
         """A command whose status nobody has asked for yet."""

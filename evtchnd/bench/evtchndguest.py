@@ -81,9 +81,16 @@ class EvtchndGuest:
             raise HostError(f"evtchnd-micro: {exc}; its log ends with {self._log.read_text()[-500:]!r}") from None
         return took
 
+    def rebooted(self, seconds: float) -> None:
+        """Waits for the guest that its VMM starts again; it is another domain, and another console. HostError."""
+        self.console.ends(seconds)
+        if self._socket is not None:
+            self._socket.close()
+        self.booted(seconds)
+
     def _connect(self, seconds: float) -> None:
         """To the console, as soon as the domain is there."""
-        end = self._began + seconds
+        end = time.monotonic() + seconds
         while True:
             try:
                 with Client(self._daemon.runtime / "control.sock") as client:

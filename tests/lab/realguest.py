@@ -69,7 +69,7 @@ class RealGuest:
     def comes_back(self) -> None:
         """After a reboot: the same VMM, console and daemon."""
         assert self.vmm is not None
-        self.vmm.booted(patient(60))
+        self.vmm.rebooted(patient(60))
         self.run("set -o pipefail")
 
     def ended(self) -> int:
