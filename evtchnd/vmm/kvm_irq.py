@@ -76,8 +76,8 @@ def set_gsi_routing(vm_fd: int, routes: Sequence[EventRoute | MsiRoute | PinRout
 def irqfd(vm_fd: int, fd: int, gsi: int, *, resample_fd: int = -1, assign: bool = True) -> None:
     """KVM_IRQFD: a write to the eventfd fires `gsi`, whoever writes. KVM holds a reference of its own.
 
-    `resample_fd`: the gsi is level triggered (a pin): it stays up until the guest's end-of-interrupt, at which KVM takes
-    it down and writes this eventfd. Whoever still has work then writes `fd` again.
+    `resample_fd`: the gsi is level triggered (a pin): it stays up until the guest's end-of-interrupt, when KVM takes it
+    down and writes this eventfd. Whoever still has work then writes `fd` again.
     """
     flags = (0 if assign else _IRQFD_DEASSIGN) | (_IRQFD_RESAMPLE if resample_fd >= 0 else 0)
     data = struct.pack("<IIII", fd, gsi, flags, max(resample_fd, 0)).ljust(32, b"\0")
