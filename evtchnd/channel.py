@@ -1,7 +1,8 @@
 """An event channel's domain-0 end: an eventfd that the guest kicks, an eventfd that notifies it; adaptive polling.
 
-How a kick becomes work. The loop's reader callback steps the backend's coroutine (its *pump*) with `send()`: no task,
-no Event, no Queue lies between, since each of them costs more than the request itself:
+How a kick becomes work. The `Poller` has an epoll of its own with all kick eventfds in it, and the loop has only that
+one descriptor; its reader callback steps the backend's coroutine (its *pump*) with `send()`: no task, no Event, no
+Queue lies between, since each of them costs more than the request itself:
 
 ```python
 channel.watch(ring.pending, ring.arm)
@@ -21,6 +22,10 @@ What it looks at are the *live* channels, those that were pumped and are not arm
 window is armed and no longer looked at, however busy the others are: the next kick makes it live again. So a look, a
 sleep and a kick cost the same with four thousand channels as with one.
 
+Kick eventfds are in the epoll edge-triggered: each write is one event, so nobody reads them. With thousands of channels
+most of a kick's cost is memory that is cold when it comes, and so there is little of it: one epoll entry in the kernel,
+the `Channel` and its coroutine here, none of the loop's own objects.
+
 The window adapts, as KVM's halt polling does (Documentation/virt/kvm/halt-polling.rst), with one difference. KVM
 compares the time it slept with the longest window. Here that time contains the wake-up of this CPU, which is often
 longer than the window itself, so it cannot tell a guest that comes back after 20 us from one that comes back after 80.
@@ -32,13 +37,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Protocol
 
-from .errors import HostError, VmmError
+from .errors import VmmError
 
 SLICE_NS = 20_000
 """How long a poll keeps the loop from other descriptors: about what one batch of a full ring costs."""
@@ -47,6 +53,8 @@ LEAST_NS = 6_000
 WAKE_NS = 100_000
 """What waking an idle CPU takes at most (50-100 us were measured): a sleep of up to the longest window plus this may
 have been a short pause of the guest, and is worth a try."""
+MOST_KICKED = 64
+"""Channels whose kicks are taken before the loop turns; the epoll keeps the others, in order."""
 MOST_SKIPPED = 1024
 """After tries that never paid, one short sleep in so many is tried again: below 0.1 % of the CPU."""
 
@@ -91,8 +99,7 @@ class Channel:
     name: for log lines and errors, as "domain 7: vbd 51712". Without a poller there is no polling: the ring is armed
     after every pump.
 
-    Counters, plain integers: `kicks` (what the kick eventfd counted; kicks fold), `wakeups` (callbacks of it),
-    `notifications`.
+    Counters, plain integers: `kicks` (see there), `wakeups` (times that the loop heard of them), `notifications`.
     """
 
     # One of thousands is cold when its kick comes: it lies in one piece.
@@ -101,12 +108,13 @@ class Channel:
         "_again",
         "_coro",
         "_done",
+        "_kicks",
+        "_own",
         "_poller",
         "_running",
         "arm",
         "closed",
         "kick_fd",
-        "kicks",
         "more",
         "name",
         "notifications",
@@ -125,11 +133,12 @@ class Channel:
         self.kick_fd = kick
         self.notify_fd = notify
         self.name = name
-        self.kicks = 0
         self.wakeups = 0
         self.notifications = 0
         self.closed = False
+        self._kicks = 0
         self._poller = poller
+        self._own = False  # the poller is this channel's alone
         self._coro: Coroutine[Any, Any, None] | None = None
         self._done: asyncio.Future[None] | None = None
         self._running = False
@@ -139,6 +148,14 @@ class Channel:
         self.arm: Callable[[], bool] = _no
         self.more = False
         self.until = 0
+
+    @property
+    def kicks(self) -> int:
+        """What the kick eventfd has counted, by a read of it. Kicks fold: `wakeups` are fewer."""
+        if not self.closed:
+            with suppress(BlockingIOError):
+                self._kicks += os.eventfd_read(self.kick_fd)
+        return self._kicks
 
     def kicked(self) -> Awaitable[None]:
         """Returns when there may be work: a kick, a poll that hit, `step()`. The first one waits, too.
@@ -160,10 +177,11 @@ class Channel:
         loop = asyncio.get_running_loop()
         if self._poller is None:
             self._poller = Poller(loop, max_us=0)
+            self._own = True
         self._coro = coro
         self._done = loop.create_future()
         self._done.add_done_callback(self._ended)
-        loop.add_reader(self.kick_fd, self._on_kick)
+        self._poller.listen(self)
         done = self._done
         self.advance()
         self._poller.pumped(found=True)
@@ -243,40 +261,19 @@ class Channel:
         if self._poller is not None:
             self._poller.live[self] = None
 
-    def _on_kick(self) -> None:
-        poller = self._poller
-        if poller is None:
-            return
-        poller.woken()
+    def heard(self) -> bool:
+        """It was kicked: one pump, for the poller. Whether its ring had something."""
+        self.wakeups += 1
         try:
             found = self.pending()
         except Exception as error:
             self.fail(error)
-            return
-        # The answer first: the guest waits for it. A kick that comes before the read is lost with it, but not what it
-        # tells of: this ring is looked at again, or armed, in any case.
-        if found:
-            self.advance()
-            if self._coro is None:
-                return
-        try:
-            count = os.eventfd_read(self.kick_fd)
-        except BlockingIOError:
-            count = 0
-        except OSError as error:
-            self.fail(HostError(f"{self.name}: kick: {error.strerror}"))
-            return
-        if count:
-            self.kicks += count
-            self.wakeups += 1
-            if not found:
-                self.advance()
-        elif not found:
-            return
-        poller.pumped(found=found)
+            return False
+        self.advance()
+        return found
 
     def fail(self, error: Exception | None) -> None:
-        """The coroutine is over (for the poller, too). The reader goes: a descriptor in error calls it for ever."""
+        """The coroutine is over (for the poller, too)."""
         done = self._done
         self._leave()
         if done is None or done.done():
@@ -300,9 +297,10 @@ class Channel:
         self.pending = self.arm = _no
         self.more = False
         if self._poller is not None and self._done is not None:
-            self._poller.live.pop(self, None)
-            self._poller.loop.remove_reader(self.kick_fd)
+            self._poller.forget(self)
             self._done = None
+            if self._own:
+                self._poller.close()
         # close() of a coroutine that is running (a pump that closes its own channel) raises: it ends by itself.
         if coro is not None and not self._running:
             coro.close()
@@ -313,6 +311,7 @@ class Poller:
 
     max_us: the longest window in us; 0: never polls. Counters: `slices`, `hits` (polls that found work), `misses`
     (windows that found none), `sleeps`. `live`: the channels that are not armed, kept by them; a set in order.
+    `close()` when no channel needs it any more.
     """
 
     def __init__(
@@ -335,6 +334,25 @@ class Poller:
         self._skip = 0
         self._skipped = 0
         self._closed = False
+        self._kicks = select.epoll()
+        self._by_fd: list[Channel | None] = []  # a dict's entry would be two more cold cache lines
+        loop.add_reader(self._kicks.fileno(), self._on_kicks)
+
+    def listen(self, channel: Channel) -> None:
+        """Hears of the channel's kicks, those included that came before."""
+        fd = channel.kick_fd
+        self._by_fd.extend([None] * (fd + 1 - len(self._by_fd)))
+        self._by_fd[fd] = channel
+        # edge-triggered: an eventfd tells of every write, read or not
+        self._kicks.register(fd, select.EPOLLIN | select.EPOLLET)
+
+    def forget(self, channel: Channel) -> None:
+        """Ends that; before the descriptor is closed, since others hold copies of it and epoll goes by the file."""
+        self.live.pop(channel, None)
+        if not self._closed:
+            self._by_fd[channel.kick_fd] = None
+            with suppress(FileNotFoundError, PermissionError):  # somebody has put another file in its place
+                self._kicks.unregister(channel.kick_fd)
 
     def add_source(self, source: Source) -> None:
         """Looks at `source`, and reads its eventfd when asleep. Counted: one `remove_source` for each."""
@@ -354,8 +372,13 @@ class Poller:
             self.loop.remove_reader(source.eventfd)
 
     def close(self) -> None:
-        """Leaves the loop; channels and sources stay their owners'."""
+        """Leaves the loop; channels and sources stay their owners'. Idempotent."""
+        if self._closed:
+            return
         self._closed = True
+        self.loop.remove_reader(self._kicks.fileno())
+        self._kicks.close()
+        self._by_fd.clear()
         for source in self._sources:
             self.loop.remove_reader(source.eventfd)
         self._sources = ()
@@ -479,6 +502,17 @@ class Poller:
         else:
             self.sleeps += 1
             self._slept_at = self._clock()
+
+    def _on_kicks(self) -> None:
+        self.woken()
+        found = False
+        for fd, _ in self._kicks.poll(0, MOST_KICKED):
+            channel = self._by_fd[fd]
+            if channel is not None:  # else closed by one before it
+                found = channel.heard() or found
+            if self._closed:
+                return
+        self.pumped(found=found)
 
     def _on_completion(self, source: Source) -> None:
         with suppress(BlockingIOError):
