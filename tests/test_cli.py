@@ -188,7 +188,7 @@ def test_capabilities_are_json() -> None:
     done = run("evtchnd", "--print-capabilities")
     said = json.loads(done.stdout)
     assert done.returncode == 0
-    assert (said["type"], said["devices"], said["disk-formats"]) == ("xen-backends", ["vbd"], ["raw"])
+    assert (said["type"], said["devices"], said["disk-formats"]) == ("xen-backends", ["console", "vbd"], ["raw"])
     assert said["protocol"]["version"] == 1
     assert said["operator-interfaces"] == ["io.evtchnd"]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evtchnd.cli import console
 from evtchnd.cli.varlink import Client
 from evtchnd.control import diskspec
 from evtchnd.errors import OperatorError
@@ -67,6 +68,10 @@ def _info(args: Asked) -> None:
     }
     for key, value in lines.items():
         print(f"{key:8} {value}")
+    for row in reply["consoles"]:
+        print(f"\nconsole {row['devid']} {row['tty'] or 'no pty'} {row['state']} {row['log']}".rstrip())
+        for name, count in row["counters"].items():
+            print(f"  {name:24} {count:>14}")
     for device in reply["devices"]:
         access = "ro" if device["readonly"] else "rw"
         print(f"\n{device['kind']} {device['devid']} {device['vdev']} {_state(device)} {access} {device['target']}")
@@ -98,6 +103,35 @@ def _block_detach(args: Asked) -> None:
     return _say(args, gone, f"domain {domid}: {gone['vdev']} ({gone['devid']}): {end}")
 
 
+def _console(args: Asked) -> None:
+    with _client(args) as client:
+        domid = _domid(client, args.domain)
+        if args.output == "json":
+            return _json(client.call("io.evtchnd.Console", domid=domid, devid=args.num))
+    why = console.show(lambda: _client(args), domid, args.num)
+    print(f"evtchnctl: {why or f'left console {args.num} of domain {domid}'}", file=sys.stderr)
+    return None
+
+
+def _console_attach(args: Asked) -> None:
+    with _client(args) as client:
+        domid = _domid(client, args.domain)
+        if args.dry_run:
+            return _say(args, {"domid": domid, "devid": args.num}, "would attach a console")
+        made = client.call("io.evtchnd.ConsoleAttach", domid=domid, devid=args.num)
+    return _say(args, made, f"domain {domid}: console {made['devid']}: {made['tty'] or 'no pty'}")
+
+
+def _console_detach(args: Asked) -> None:
+    with _client(args) as client:
+        domid = _domid(client, args.domain)
+        if args.dry_run:
+            return _say(args, {"domid": domid, "devid": args.num}, f"would detach console {args.num}")
+        gone = client.call("io.evtchnd.ConsoleDetach", domid=domid, devid=args.num, force=args.force)
+    end = "detached by force" if gone["forced"] else "detached"
+    return _say(args, gone, f"domain {domid}: console {gone['devid']}: {end}")
+
+
 def _arguments(argv: Sequence[str] | None) -> Asked:
     common = argparse.ArgumentParser(add_help=False)
     where = common.add_mutually_exclusive_group()
@@ -122,11 +156,20 @@ def _arguments(argv: Sequence[str] | None) -> Asked:
     info = verb("info", _info, "one domain and its devices")
     attach = verb("block-attach", _block_attach, "give a domain a disk", changes=True)
     detach = verb("block-detach", _block_detach, "take a disk away from a domain", changes=True)
-    for added in (info, attach, detach):
+    shown = verb("console", _console, "be at a domain's console; ^] leaves it (-o json: say its terminal)")
+    more = verb("console-attach", _console_attach, "give a domain a further console", changes=True)
+    less = verb("console-detach", _console_detach, "take a further console away from a domain", changes=True)
+    for added in (info, attach, detach, shown, more, less):
         added.add_argument("domain", metavar="DOM", help="its number or name")
     attach.add_argument("disk", metavar="SPEC", nargs="+", help="vdev=xvda,target=disk.img or file:disk.img,xvda,w")
     detach.add_argument("device", metavar="DEV", help="xvda or 51712")
     detach.add_argument("--force", action="store_true", help="take it away from a guest that does not let it go")
+    less.add_argument("--force", action="store_true", help="take it away from a guest that does not let it go")
+    shown.add_argument("-n", "--num", type=int, default=0, metavar="NUM", help="which of its consoles (0)")
+    # xl has serial, too: an emulated serial line is the VMM's
+    shown.add_argument("-t", "--type", choices=("pv",), default="pv", help="only PV consoles are served here")
+    more.add_argument("-n", "--num", type=int, metavar="NUM", help="1 to 9 (the first that is free)")
+    less.add_argument("num", type=int, metavar="NUM", help="1 to 9")
     return parser.parse_args(argv, Asked(output="text", runtime_dir=None, socket=None, timeout=None))
 
 

@@ -96,6 +96,26 @@ class Vbd(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     engine: Engine = "auto"
 
 
+class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Consoles: what of a guest's output is kept, and for whom."""
+
+    # What `evtchnctl console` shows first: a boot's last screens, or an oops with its registers and stack.
+    scrollback_bytes: Annotated[int, Meta(ge=0, le=16 << 20)] = 16384
+    # Output that waits for one who does not read (a pty that is not open, a stopped evtchnctl); what is above drops the
+    # oldest. Xen's LIBXL_XENCONSOLE_LIMIT.
+    buffer_bytes: Annotated[int, Meta(ge=4096, le=64 << 20)] = 1 << 20
+    # `evtchnctl console` at one console at the same time: people who look together. Each may cost buffer_bytes.
+    clients: Annotated[int, Meta(ge=1, le=256)] = 8
+    # Folder of the log files, which has to be there; empty: no logs. It would be a guest's way to the host's disk, so
+    # it is the operator who opens it.
+    log_dir: str = ""
+    # Of one log file; a full one becomes NAME.1 and there is one of these: twice this is the most that a console takes.
+    log_bytes: Annotated[int, Meta(ge=4096)] = 4 << 20
+    # Into the log, a second; what is above is left out, with a line that counts it. A serial line of 115,200 baud
+    # brings 11,520; a kernel's boot (some 100 KiB in a few seconds) passes, since four seconds' worth may come at once.
+    log_rate_bytes: Annotated[int, Meta(ge=256)] = 65536
+
+
 class Xenstore(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Quotas of a guest in XenStore: the defaults of Xen's C server, one by one. Domain 0 has none."""
 
@@ -139,6 +159,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     limits: Limits = field(default_factory=Limits)
     poll: Poll = field(default_factory=Poll)
     vbd: Vbd = field(default_factory=Vbd)
+    console: Console = field(default_factory=Console)
     xenstore: Xenstore = field(default_factory=Xenstore)
     domains: tuple[Domain, ...] = ()
 
@@ -310,6 +331,8 @@ def _cross_checks(config: Config) -> Iterator[tuple[str, str]]:
     """What one value alone does not show."""
     if not os.path.isabs(config.runtime_dir):  # noqa: PTH117 -- the text as it stands, before Path tidies it
         yield "runtime_dir", "must be an absolute path"
+    if config.console.log_dir and not os.path.isabs(config.console.log_dir):  # noqa: PTH117 -- as above
+        yield "console.log_dir", "must be an absolute path"
     if config.limits.restart_pause_s > config.limits.restart_pause_max_s:
         yield "limits.restart_pause_s", f"above limits.restart_pause_max_s ({config.limits.restart_pause_max_s:g})"
     if 0 < config.vbd.max_indirect_segments <= 11:

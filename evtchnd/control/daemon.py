@@ -149,13 +149,42 @@ class Daemon:
         log.info("%s: %s: detached%s", found.name, found.vdev, " by force" if forced else "")
         return {"domid": domid, "devid": found.devid, "vdev": found.vdev, "forced": forced}
 
+    async def console(self, domid: int, devid: int) -> dict[str, Any]:
+        """Returns {"devid", "tty"}."""
+        found = self._domain(domid).consoles[devid]
+        return {"devid": found.devid, "tty": found.tty}
+
+    async def console_client(self, domid: int, devid: int, fd: int, greeting: bytes) -> None:
+        """Gives a stream socket to a console: `greeting`, its recent output, then bytes both ways. Copies `fd`."""
+        await self._domain(domid).consoles.client(devid, fd, greeting)
+
+    async def attach_console(self, domid: int, devid: int | None = None) -> dict[str, Any]:
+        """A further console; does not wait for the guest. Returns {"devid", "tty", "backend", "frontend"}."""
+        made = await self._domain(domid).consoles.attach(devid)
+        log.info("%s: attached, %s", made.name, made.tty or "without a pty")
+        return {
+            "devid": made.devid,
+            "tty": made.tty,
+            "backend": toolstack.backend(made),
+            "frontend": toolstack.frontend(made),
+        }
+
+    async def detach_console(self, domid: int, devid: int, *, force: bool = False) -> dict[str, Any]:
+        """Takes a further console away, as detach_block. Returns {"devid", "forced"}."""
+        try:
+            forced = await self._domain(domid).consoles.detach(devid, force=force)
+        except (HostError, VmmError) as exc:
+            raise OperatorError(str(exc)) from None
+        return {"devid": devid, "forced": forced}
+
     async def list(self) -> List[dict[str, Any]]:
         """One object a domain: {"domid", "name", "uuid", "state", "memory" (bytes), "vcpus", "devices" (count)}."""
         return [_summary(domain) for _, (domain, _) in sorted(self._domains.items())]
 
     async def info(self, domid: int) -> dict[str, Any]:
         """As in list(), and "slots", "grant_frames", "ports", "vmm_pid", "worker" {"pid", "restarts"} and
-        "devices": [{"kind", "devid", "vdev", "target", "readonly", "state" (xenbus), "counters" {name: int}}].
+        "devices": [{"kind", "devid", "vdev", "target", "readonly", "state" (xenbus), "counters" {name: int}}]
+        and "consoles": [{"devid", "tty", "log", "state", "counters"}].
         """
         domain = self._domain(domid)
         counters = await domain.supervisor.counters()
@@ -177,6 +206,16 @@ class Daemon:
                     "counters": counters.get(each.devid, {}),
                 }
                 for each in domain.disks.values()
+            ],
+            "consoles": [
+                {
+                    "devid": each.devid,
+                    "tty": each.tty,
+                    "log": each.log_path,
+                    "state": each.reason or "on",
+                    "counters": counters.get(each.key, {}),
+                }
+                for each in domain.consoles.by_key.values()
             ],
         }
 

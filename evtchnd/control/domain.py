@@ -20,6 +20,7 @@ from evtchnd import protocol as p
 from evtchnd.abi import PAGE_SIZE
 from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
+from evtchnd.control.console import Consoles
 from evtchnd.control.descriptors import Held
 from evtchnd.control.disk import Disk
 from evtchnd.control.images import Images
@@ -33,8 +34,8 @@ from evtchnd.xenstore.server import RingConnection, Server
 
 log = logging.getLogger(__name__)
 
-# A domain before its memory and its disks: sockets, pidfd, store page and port, and some air.
-DESCRIPTORS = 24
+# A domain before its memory and its disks: sockets, pidfd, store page and port, a console, and some air.
+DESCRIPTORS = 30
 # Of one disk here: image, journal, io_uring, two a port.
 DISK_DESCRIPTORS = 8
 # Descriptors in one message to the worker; the kernel's limit is 253.
@@ -68,6 +69,7 @@ class Domain:
         self.ports = Ports(self.label, vmm, config.limits.ports)
         self.disks: dict[int, Disk] = {}
         self.store_port = 0
+        self.consoles = Consoles(self.domid, server=server, store=store, ports=self.ports, images=images, config=config)
         self.supervisor = Supervisor(self, workers, config)
         self._config = config
         self._images = images
@@ -225,6 +227,7 @@ class Domain:
         """Serves the domain. VmmError, HostError: it is not served, and may be started again."""
         if not self.slots:
             raise VmmError(f"{self.label}: START without memory")
+        self.consoles.check_page(entry for entry, _ in self.slots.values())
         try:
             await self._start()
         except BaseException:
@@ -247,9 +250,11 @@ class Domain:
         if self._page is not None:
             kick, notify = await self.ports.bind(STORE, [self.store_port])
             self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
+        await self.consoles.start(self.supervisor)
         for disk in self.disks.values():
             toolstack.add_disk(self._server, disk)
         self.running = True
+        await self.consoles.serve()
         for disk in list(self.disks.values()):
             await self.supervisor.attach(disk)
 
@@ -276,6 +281,7 @@ class Domain:
         if self._ended:
             return
         self._ended = True
+        self.consoles.end()
         try:
             await self._stop()
         finally:
@@ -285,6 +291,7 @@ class Domain:
         if self._page is not None:
             self._page.close()
         self.ports.close()
+        await self.consoles.close()
         images = [fd for disk in self.disks.values() for fd in disk.close()]
         _drop([*(held for _, held in self.slots.values()), *(held for _, held in self.frames.values())])
         self.disks, self.slots, self.frames = {}, {}, {}
@@ -300,12 +307,15 @@ class Domain:
     # ---- ports
 
     async def bind(self, devid: int, ports: Sequence[int]) -> list[int]:
-        """As Ports.bind, for a disk that is there."""
-        fds = await self.ports.bind(devid, ports) if devid in self.disks else []
-        if devid not in self.disks:  # it may have been taken away while the VMM thought about it
+        """As Ports.bind, for a device that is there."""
+        fds = await self.ports.bind(devid, ports) if self._has(devid) else []
+        if not self._has(devid):  # it may have been taken away while the VMM thought about it
             self.ports.unbind(devid, ports)
             raise VmmError(f"{self.label}: device {devid} is not there", errno.ENODEV)
         return fds
+
+    def _has(self, key: int) -> bool:
+        return key in self.disks or key in self.consoles.by_key
 
     def unbind(self, devid: int, ports: Sequence[int]) -> None:
         """As Ports.unbind, for a device (STORE is no worker's)."""

@@ -35,12 +35,12 @@ class Images:
         """As `open_image`. What comes when nobody waits any more is closed, and its lock with it."""
         if self._waiting >= _MOST_WAITING:
             raise OperatorError(f"{target}: {self._waiting} images wait for their storage already", errno.EBUSY)
-        return await self._beside(str(target), lambda: open_image(target, readonly=readonly), self._drop)
+        return await self.beside(str(target), lambda: open_image(target, readonly=readonly), self._drop)
 
     async def passed(self, fd: int, *, readonly: bool) -> Image:
         """As `check_passed`. Takes `fd`: it is closed where it is refused."""
         try:
-            return await self._beside("the descriptor", lambda: check_passed(fd, readonly=readonly), lambda _: None)
+            return await self.beside("the descriptor", lambda: check_passed(fd, readonly=readonly), lambda _: None)
         except Exception:
             with suppress(OperatorError):
                 await self.close([fd])
@@ -52,12 +52,13 @@ class Images:
     async def close(self, fds: Iterable[int]) -> None:
         """Closes images; a share's writes may have to go out first. OperatorError: that goes on without us."""
         fds = list(fds)
-        await self._beside("closing an image", lambda: transport.close_all(fds), lambda _: None)
+        await self.beside("closing an image", lambda: transport.close_all(fds), lambda _: None)
 
     def _drop(self, image: Image) -> None:
         _run(lambda: transport.close_all([image.fd]))
 
-    async def _beside(self, what: str, work: Callable[[], T], undo: Callable[[T], None]) -> T:
+    async def beside(self, what: str, work: Callable[[], T], undo: Callable[[T], None]) -> T:
+        """`work()` in a thread; `undo` gets what comes when nobody waits any more. OperatorError: it takes too long."""
         loop = asyncio.get_running_loop()
         come: asyncio.Future[T] = loop.create_future()
 

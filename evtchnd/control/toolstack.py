@@ -11,9 +11,28 @@ from typing import Protocol
 
 from evtchnd.abi import GNTTAB_RESERVED_XENSTORE, XenbusState
 from evtchnd.control.disk import Disk
+from evtchnd.worker.device import Params
 from evtchnd.xenstore.client import Client
 from evtchnd.xenstore.local import LocalTransaction
 from evtchnd.xenstore.server import Server
+
+
+class Placed(Protocol):
+    """A device, as its nodes' paths and its detach need it."""
+
+    @property
+    def kind(self) -> str: ...
+
+    domid: int
+    devid: int
+    connected: Params | None
+
+
+class Terminal(Placed, Protocol):
+    """A console."""
+
+    page: tuple[int, int] | None
+    tty: str
 
 
 class Introduced(Protocol):
@@ -40,14 +59,16 @@ def home(domid: int) -> str:
     return f"/local/domain/{domid}"
 
 
-def backend(disk: Disk) -> str:
+def backend(device: Placed) -> str:
     """/local/domain/0/backend/vbd/7/51712"""
-    return f"/local/domain/0/backend/{disk.kind}/{disk.domid}/{disk.devid}"
+    return f"/local/domain/0/backend/{device.kind}/{device.domid}/{device.devid}"
 
 
-def frontend(disk: Disk) -> str:
-    """/local/domain/7/device/vbd/51712"""
-    return f"{home(disk.domid)}/device/{disk.kind}/{disk.devid}"
+def frontend(device: Placed) -> str:
+    """/local/domain/7/device/vbd/51712; a primary console's is /local/domain/7/console"""
+    if device.kind == "console" and device.devid == 0:
+        return f"{home(device.domid)}/console"
+    return f"{home(device.domid)}/device/{device.kind}/{device.devid}"
 
 
 def add_domain(server: Server, domain: Introduced) -> None:
@@ -79,7 +100,7 @@ def add_domain(server: Server, domain: Introduced) -> None:
             "control/platform-feature-xs_reset_watches": 1,
             **{f"cpu/{vcpu}/availability": "online" for vcpu in range(domain.vcpus)},
         }
-        for directory in ("memory", "store", "control", "cpu", "device", "device/vbd"):
+        for directory in ("memory", "store", "control", "cpu", "device", "device/vbd", "device/console"):
             t.mkdir(f"{path}/{directory}", perms=readable)
         for vcpu in range(domain.vcpus):
             t.mkdir(f"{path}/cpu/{vcpu}", perms=readable)
@@ -143,12 +164,50 @@ def add_disk(server: Server, disk: Disk) -> None:
             t.write(f"{front}/{name}", value, perms=of_guest)
 
 
+def add_console(server: Server, console: Terminal, limit: int) -> None:
+    """Both directories of a console. The primary one has no handshake; its `tty` is what xenconsole looks for."""
+    front, back = frontend(console), backend(console)
+    of_guest = [f"n{console.domid}", "r0"]
+    of_host = ["n0", f"r{console.domid}"]
+    of_backend: dict[str, str | int] = {
+        "frontend": front,
+        "frontend-id": console.domid,
+        "online": 1,
+        "state": int(XenbusState.INITIALISING),
+        "protocol": "vt100",
+    }
+    # what the guest only reads, as libxl has it
+    fixed: dict[str, str | int] = {"limit": limit, "type": "xenconsoled", "output": "pty", "tty": console.tty}
+    own: dict[str, str | int] = {"backend": back, "backend-id": 0}
+    if console.page is not None:
+        fixed |= {"port": console.page[0], "ring-ref": console.page[1]}
+    else:
+        own |= {"protocol": "vt100", "state": int(XenbusState.INITIALISING)}
+    with server.transaction() as t:
+        t.rm(back)
+        t.rm(front)
+        t.mkdir(back.rpartition("/")[0], perms=of_host)
+        t.mkdir(back, perms=of_host)
+        t.mkdir(front, perms=of_guest)
+        for name, value in of_backend.items():
+            t.write(f"{back}/{name}", value, perms=of_host)
+        for name, value in fixed.items():
+            t.write(f"{front}/{name}", value, perms=of_host)
+        for name, value in own.items():
+            t.write(f"{front}/{name}", value, perms=of_guest)
+
+
 def remove_disk(server: Server, disk: Disk) -> None:
+    """As remove_device."""
+    remove_device(server, disk)
+
+
+def remove_device(server: Server, device: Placed) -> None:
     """Both directories. Their parents stay until the domain's end: below them, a guest that looks for its backend
     gets ENOENT, elsewhere it would be EACCES."""
     with server.transaction() as t:
-        t.rm(backend(disk))
-        t.rm(frontend(disk))
+        t.rm(backend(device))
+        t.rm(frontend(device))
 
 
 def state(server: Server, path: str) -> int:
@@ -157,13 +216,13 @@ def state(server: Server, path: str) -> int:
     return int(text) if len(text) == 1 and text in "012345678" else 0
 
 
-async def ask_to_leave(server: Server, store: Client, disk: Disk, limit_s: float) -> bool:
-    """Asks the guest to let the disk go: online 0, state 5, then the backend's state 6. False: not in time.
+async def ask_to_leave(server: Server, store: Client, device: Placed, limit_s: float) -> bool:
+    """Asks the guest to let the device go: online 0, state 5, then the backend's state 6. False: not in time.
 
-    A guest that has no ring on the disk is not waited for.
+    A guest that has no ring on it is not waited for.
     """
-    back = backend(disk)
-    if state(server, frontend(disk)) not in _WITH_RING or disk.connected is None:
+    back = backend(device)
+    if state(server, frontend(device)) not in _WITH_RING or device.connected is None:
         return True
     try:
         async with asyncio.timeout(limit_s), store.watch(f"{back}/state") as watch:

@@ -33,7 +33,7 @@ from evtchnd.abi import (
 from evtchnd.errors import EvtchndError, HostError
 from evtchnd.memory import GuestMemory
 from evtchnd.ports import Delivery, Effect, PortTable, Setting
-from evtchnd.protocol import ALL_PORTS
+from evtchnd.protocol import ALL_PORTS, Feature
 from evtchnd.vmm.client import BoundPort, Client, Disconnected, GrantFrame, MemorySlot
 from evtchnd.vmm.hypercall import event_channel_op
 from evtchnd.vmm.settings import Applier, Kernel
@@ -323,6 +323,8 @@ class SoftVmm:
                 bound = [BoundPort(port, *pair) for port, pair in sorted(self._backend.items())]
             client.ports(bound)
         client.xenstore(STORE_PORT, self._special_fd, (STORE_GFN - SPECIAL_GFN) * PAGE_SIZE)
+        if Feature.CONSOLE in client.features:
+            client.console(CONSOLE_PORT, CONSOLE_GFN)
         client.start()
 
     def _change(self, call: Callable[[], T]) -> T:
