@@ -405,7 +405,7 @@ def test_the_command_starts_without_the_daemons_imports() -> None:
         check=True,
     )
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "evtchnd.control.diskspec" in imported
+    assert "evtchnd.diskspec" in imported
     assert not imported & {
         "asyncio",
         "uvloop",

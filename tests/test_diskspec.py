@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evtchnd.control.diskspec import DiskSpec, devid_of, parse, vdev_of
+from evtchnd.diskspec import DiskSpec, devid_of, parse, vdev_of
 from evtchnd.errors import OperatorError
 
 PLAIN = DiskSpec(Path("disk.img"), "xvda", 51712)

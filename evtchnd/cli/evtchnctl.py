@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evtchnd import diskspec
 from evtchnd.cli import console
 from evtchnd.cli.varlink import Client
-from evtchnd.control import diskspec
 from evtchnd.errors import OperatorError
 
 _RUNTIME_DIR = "/run/evtchnd"

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
+from evtchnd import diskspec
 from evtchnd.abi import DOMID_FIRST_RESERVED, EVTCHN_2L_PORTS_64
-from evtchnd.control import diskspec
 from evtchnd.errors import OperatorError
 
 Engine = Literal["auto", "io_uring", "threads"]

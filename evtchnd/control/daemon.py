@@ -17,17 +17,17 @@ from typing import Any
 
 import msgspec
 
+from evtchnd import diskspec, transport
 from evtchnd import protocol as p
-from evtchnd import transport
-from evtchnd.control import descriptors, diskspec, toolstack
+from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
 from evtchnd.control.disk import Disk
-from evtchnd.control.diskspec import DiskSpec
 from evtchnd.control.domain import DESCRIPTORS, Domain
 from evtchnd.control.images import Images
 from evtchnd.control.inprocess import InProcess
 from evtchnd.control.vmm_connection import VmmConnection
 from evtchnd.control.zygote import Workers, Zygote
+from evtchnd.diskspec import DiskSpec
 from evtchnd.errors import HostError, OperatorError, VmmError
 from evtchnd.xenstore.client import Client
 from evtchnd.xenstore.quota import Quotas

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from evtchnd.control import diskspec, varlink
+from evtchnd import diskspec
+from evtchnd.control import varlink
 from evtchnd.errors import EvtchndError, OperatorError
 
 if TYPE_CHECKING:
