@@ -210,7 +210,7 @@ class Host:
             self.write_nodes(devid)
         disk_fd = os.open(image, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
         options = options or Vbd()
-        journal_fd = journal.create(512, name=f"vbd-{devid}")
+        journal_fd = journal.create(512, queues=options.max_queues, name=f"vbd-{devid}")
         self._fds += [disk_fd, journal_fd]
         return self.run(devid, disk_fd, journal_fd, readonly=readonly, options=options, connected=None)
 

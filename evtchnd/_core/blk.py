@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
 COMPILED: bool = bool(cython.compiled)
 
-# BLKIF_MAX_INDIRECT_PAGES_PER_REQUEST pages of 512 segments each. One call takes IOV_MAX (1024) vectors at most: whoever
-# carries a request out gives that many of them at a time (`Req.advance`).
+# BLKIF_MAX_INDIRECT_PAGES_PER_REQUEST pages of 512 segments each. One call takes IOV_MAX (1024) vectors at most:
+# whoever carries a request out gives that many of them at a time (`Req.advance`).
 MOST_INDIRECT = 8 * 512
 
 
@@ -425,9 +425,8 @@ class BlkRing:
             raise GuestError(f"sectors {req.sector} to {req.sector} + {count} are past the end ({self.sectors})")
         if (req.sector | count) & self.sector_mask:
             # The unit on the wire is 512 bytes, whatever the disk's sectors are.
-            raise GuestError(
-                f"{count} sectors of 512 bytes at {req.sector} are no whole sectors of {512 * (self.sector_mask + 1)} bytes"
-            )
+            own = 512 * (self.sector_mask + 1)
+            raise GuestError(f"{count} sectors of 512 bytes at {req.sector} are no whole sectors of {own} bytes")
         return 0
 
     def unpin(self, req: Req) -> int:

@@ -50,6 +50,9 @@ class Device(Struct, frozen=True):
     readonly: bool
     state: int
     counters: dict[str, int]
+    sectors: int | None = None
+    sector_size: int | None = None
+    cache: str | None = None
 
 
 class Worker(Struct, frozen=True):
@@ -107,6 +110,19 @@ class BlockDetachReply(Struct, frozen=True):
     forced: bool
 
 
+class BlockResizeCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    device: str
+    size: Annotated[int, Meta(gt=0, lt=1 << 63)] | None = None
+
+
+class BlockResizeReply(Struct, frozen=True):
+    devid: int
+    vdev: str
+    sectors: int
+    sector_size: int
+
+
 class Operator:
     """The operator's socket of a running Daemon."""
 
@@ -118,6 +134,7 @@ class Operator:
             "Info": varlink.Method(InfoCall, self._info),
             "BlockAttach": varlink.Method(BlockAttachCall, self._block_attach),
             "BlockDetach": varlink.Method(BlockDetachCall, self._block_detach),
+            "BlockResize": varlink.Method(BlockResizeCall, self._block_resize),
         }
         service = varlink.Service(
             [varlink.Interface(DESCRIPTION, methods, _failed)],
@@ -160,6 +177,9 @@ class Operator:
     async def _block_detach(self, call: BlockDetachCall) -> BlockDetachReply:
         gone = await self._daemon.detach_block(call.domid, call.device, force=bool(call.force))
         return _reply(BlockDetachReply, gone)
+
+    async def _block_resize(self, call: BlockResizeCall) -> BlockResizeReply:
+        return _reply(BlockResizeReply, await self._daemon.resize_block(call.domid, call.device, call.size))
 
 
 def version() -> str:

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evtchnd.channel import Channel
-from evtchnd.errors import EvtchndError, GuestError
+from evtchnd.errors import EvtchndError, GuestError, HostError
 from evtchnd.transport import close_all
 
 if TYPE_CHECKING:
@@ -48,10 +48,12 @@ class Device:
     completions     eventfd of this device for the disk side's completions (io_uring's, or the threads')
     disk_fd         the image or block device, opened by the control plane; belongs to the worker, not closed by run()
     readonly, cdrom, direct   how the disk was attached (direct: opened with O_DIRECT)
-    journal_fd      the in-flight journal's memfd, made by the control plane for the largest ring allowed
+    sectors, sector_size   the disk's size in 512-byte units, its sectors in bytes; 0: as the disk says
+    journal_fd      the in-flight journals' memfd, made by the control plane for the most and largest rings allowed
     options         the `vbd` table of the configuration (control/config.py: Vbd)
     connected       params of the live ring if an earlier worker was connected: attach to it, replay, no handshake
     stats           set by the backend: plain integers by name, read by `info`
+    resize          set by the backend: the disk has so many sectors of 512 bytes now; HostError: it has not
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class Device:
         journal_fd: int,
         options: Vbd,
         connected: Params | None,
+        sectors: int = 0,
+        sector_size: int = 0,
         bind: Callable[[Sequence[int]], Awaitable[list[tuple[int, int]]]],
         unbind: Callable[[Sequence[int]], None],
         report: Callable[[Params | None], None],
@@ -98,11 +102,17 @@ class Device:
         self.journal_fd = journal_fd
         self.options = options
         self.connected = connected
+        self.sectors = sectors
+        self.sector_size = sector_size
         self.stats: Callable[[], Mapping[str, int]] = dict
+        self.resize: Callable[[int], Awaitable[None]] = self._no_resize
         self._bind = bind
         self._unbind = unbind
         self._report = report
         self._channels: dict[Channel, int] = {}
+
+    async def _no_resize(self, _: int) -> None:
+        raise HostError(f"{self.name}: cannot be resized")
 
     async def bind(self, ports: Sequence[int]) -> list[Channel]:
         """Channels for the guest's `ports`, all or none, through the control plane and the VMM.

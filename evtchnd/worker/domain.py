@@ -97,6 +97,8 @@ class Worker:
                 self._spawn(self._attach(message, fds), message.id)
             case m.Detach():
                 self._spawn(self._detach(message), message.id)
+            case m.Resize():
+                self._spawn(self._resize(message), message.id)
             case m.Count():
                 self._send(m.Counted(message.id, self._counters()))
             case _:
@@ -205,6 +207,8 @@ class Worker:
                 journal_fd=journal_fd,
                 options=domain.setup.vbd,
                 connected=attach.connected,
+                sectors=attach.sectors,
+                sector_size=attach.sector_size,
                 bind=lambda ports: self._bind(attach.devid, ports),
                 unbind=lambda ports: self._send(m.Unbind(attach.devid, list(ports))),
                 report=lambda params: self._send(m.Connected(attach.devid, params)),
@@ -253,6 +257,11 @@ class Worker:
         running = self._devices.get(detach.devid)
         if running is not None:
             await running.end()
+
+    async def _resize(self, resize: m.Resize) -> None:
+        running = self._devices.get(resize.devid)
+        if running is not None:  # else it is off; the next one that serves it gets the size with its Attach
+            await running.device.resize(resize.sectors)
 
     def _ended(self, running: _Running) -> None:
         """The backend's coroutine is over, whoever ended it."""

@@ -6,6 +6,7 @@
 | Memory        | one for each `fds` index       | Done (errno, reason: nothing changed)   |
 | Attach        | disk, journal                  | Done, after a Keep where it has io_uring |
 | Detach        |                                | Done, when the backend has ended        |
+| Resize        |                                | Done, when the guest has been told      |
 | Bound         | kick, notify of each port      |                                         |
 | Count         |                                | Counted                                 |
 
@@ -83,6 +84,8 @@ class Attach(Message):
     cdrom: bool
     direct: bool
     connected: dict[str, Any] | None
+    sectors: int = 0
+    sector_size: int = 0
 
 
 class Detach(Message):
@@ -90,6 +93,14 @@ class Detach(Message):
 
     id: int
     devid: int
+
+
+class Resize(Message):
+    """A disk has so many sectors of 512 bytes now."""
+
+    id: int
+    devid: int
+    sectors: int
 
 
 class Bind(Message):
@@ -159,7 +170,20 @@ class Done(Message):
 
 
 AnyMessage = (
-    Setup | Memory | Attach | Detach | Bind | Bound | Unbind | Connected | Keep | Ended | Count | Counted | Done
+    Setup
+    | Memory
+    | Attach
+    | Detach
+    | Resize
+    | Bind
+    | Bound
+    | Unbind
+    | Connected
+    | Keep
+    | Ended
+    | Count
+    | Counted
+    | Done
 )
 
 _encoder = msgspec.msgpack.Encoder()
