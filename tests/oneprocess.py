@@ -189,6 +189,14 @@ class Host:
     def state(self, devid: int) -> str | None:
         return self.server.get(f"{self.backend(devid)}/state")
 
+    def domain_nodes_gone(self, devid: int) -> None:
+        """What toolstack.forget_rings does."""
+        front = f"/local/domain/{self.domid}/device/vbd/{devid}"
+        with self.server.transaction() as t:
+            for name in t.ls(front):
+                if name not in ("backend", "backend-id", "state", "virtual-device", "device-type"):
+                    t.rm(f"{front}/{name}")
+
     def detach(self, devid: int) -> None:
         with self.server.transaction() as t:
             t.write(f"{self.backend(devid)}/online", 0)

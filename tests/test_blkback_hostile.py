@@ -239,7 +239,7 @@ async def test_requests_that_change_while_they_are_read(tmp_path: Path) -> None:
             def answered(ident: int) -> None:
                 """One response. The flipping thread may hit the second byte of its id: no fault of the backend's."""
                 disk.push()
-                disk._wait(30)
+                disk.queues[0]._wait(30)
                 (response,) = disk.ring.responses(32)
                 seen, _, status = X86_64.response.unpack_from(response)
                 assert (seen ^ ident) & ~0xFF00 == 0 and status in (Status.OKAY, Status.ERROR)
@@ -331,17 +331,17 @@ async def test_a_wrong_response_is_noticed(tmp_path: Path) -> None:
             assert [d.ident for d in done] == [ident]
             answer = X86_64.response.pack(ident, 0, 0)
             with pytest.raises(GuestFault, match="not in flight"):
-                disk._finish(answer, 0)
+                disk.queues[0]._finish(answer, 0)
             ident = disk.submit_read(0, 8)
             with pytest.raises(GuestFault, match="the response says 1"):
-                disk._finish(X86_64.response.pack(ident, 1, 0), 0)
+                disk.queues[0]._finish(X86_64.response.pack(ident, 1, 0), 0)
             disk.queues[0]._open.clear()
             ident = disk.submit_read(0, 8)
             gref = disk.queues[0]._open[ident].grefs[0]
             words = world.vm.grants.cast("I")
             words[2 * gref] |= 1 << 4
             with pytest.raises(GuestFault, match="still in use"):
-                disk._finish(X86_64.response.pack(ident, 0, 0), 0)
+                disk.queues[0]._finish(X86_64.response.pack(ident, 0, 0), 0)
             words[2 * gref] &= ~(1 << 4)
             words.release()
             disk.queues[0]._open.clear()  # what was never pushed

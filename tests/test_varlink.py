@@ -358,7 +358,7 @@ def test_every_struct_is_what_the_interface_says() -> None:
     for name, body in types.items():
         assert said(body) == made(getattr(operator, name)), name
     methods = re.findall(r"method (\w+)" + fields + r" -> " + fields, text)
-    assert [name for name, _, _ in methods] == ["List", "Info", "BlockAttach", "BlockDetach"]
+    assert [name for name, _, _ in methods] == ["List", "Info", "BlockAttach", "BlockDetach", "BlockResize"]
     for name, call, reply in methods:
         wanted = getattr(operator, f"{name}Call", varlink.NoParameters)
         assert said(call) == made(wanted), name
