@@ -109,8 +109,6 @@ async def test_another_number_of_queues_after_a_reconnect(tmp_path: Path) -> Non
         device = world.attach(VBD, file)
 
         def guest(count: int) -> None:
-            # a frontend that is gone leaves its nodes; a control plane would remove them
-            world.domain_nodes_gone(VBD)
             disk = front(world, queues=count)
             disk.connect()
             side_by_side(disk, content, 50, seed=count)
@@ -181,7 +179,6 @@ async def test_bad_nodes_stop_the_device_with_a_line_and_it_may_begin_again(
             bus = Frontend(world.store, "vbd", VBD)
             bus.switch(6)  # type: ignore[arg-type]
             bus.wait_backend(6)  # type: ignore[arg-type]
-            world.domain_nodes_gone(VBD)
             disk = front(world, queues=2)
             disk.connect()
             assert disk.queues[1].read(0, 8) == content[:PAGE_SIZE]
@@ -345,7 +342,8 @@ async def test_a_journal_without_room_for_a_queue_is_refused(tmp_path: Path) -> 
         await world.until(lambda: world.state(VBD) == "2", "InitWait")
         await world.kill(VBD)
         world.run(VBD, device.disk_fd, device.journal_fd, readonly=False, options=Vbd(), connected=None)
-        await world.until(lambda: world.state(VBD) == "2", "InitWait")
+        offered = f"{world.backend(VBD)}/multi-queue-max-queues"
+        await world.until(lambda: world.server.get(offered) == "4", "the other worker's nodes")
         disk = front(world, queues=2, timeout=5.0)
         connecting: Callable[[], None] = disk.connect
         work = asyncio.ensure_future(asyncio.to_thread(connecting))

@@ -57,10 +57,12 @@ def front(world: Host, **options: object) -> Blkfront:
     return Blkfront(world.domain, world.store, VBD, **{"spin_us": 0, **options})  # type: ignore[arg-type]
 
 
-def load(disk: Blkfront | Queue, content: bytearray, count: int, seed: int = 1, *, at_sector: int = 0) -> None:
+def load(
+    disk: Blkfront | Queue, content: bytearray, count: int, seed: int = 1, *, at_sector: int = 0, unit: int = 1
+) -> None:
     """`count` random requests at the frontend's depth, every answer checked; ranges in flight never overlap.
 
-    `content`: of the disk from `at_sector` on, which is all that is touched.
+    `content`: of the disk from `at_sector` on, which is all that is touched. unit: sectors that go together (1 or 8).
     """
     rng = random.Random(seed)
     busy: dict[int, tuple[int, int, bytes | None]] = {}
@@ -69,9 +71,9 @@ def load(disk: Blkfront | Queue, content: bytearray, count: int, seed: int = 1, 
     while answered < count:
         while issued < count and disk.room:
             op = rng.choices("rwf", (8, 8, 1))[0]
-            size = rng.randint(1, disk.most_sectors - 7)
+            size = rng.randint(1, (disk.most_sectors - 7) // unit) * unit
             first = rng.randint(0, 7)
-            at = rng.randrange(sectors - size)
+            at = rng.randrange(0, sectors - size, unit)
             if op == "f":
                 busy[disk.submit_flush()] = (-1, 0, None)
             elif any(a < at + size and at < a + n for a, n, _ in busy.values() if n):

@@ -30,6 +30,16 @@ class Introduced(Protocol):
     def memory_bytes(self) -> int: ...
 
 
+class Numbered(Protocol):
+    """A device, by what its nodes are found."""
+
+    domid: int
+    devid: int
+
+    @property
+    def kind(self) -> str: ...
+
+
 # A frontend that waits for its backend's last state has seen it then, before the nodes go.
 SEEN_S = 0.25
 _OF_RINGS = re.compile(r"ring-ref\d*|event-channel|ring-page-order|num-ring-pages|multi-queue-num-queues|queue-\d+")
@@ -42,12 +52,12 @@ def home(domid: int) -> str:
     return f"/local/domain/{domid}"
 
 
-def backend(disk: Disk) -> str:
+def backend(disk: Numbered) -> str:
     """/local/domain/0/backend/vbd/7/51712"""
     return f"/local/domain/0/backend/{disk.kind}/{disk.domid}/{disk.devid}"
 
 
-def frontend(disk: Disk) -> str:
+def frontend(disk: Numbered) -> str:
     """/local/domain/7/device/vbd/51712"""
     return f"{home(disk.domid)}/device/{disk.kind}/{disk.devid}"
 
@@ -146,7 +156,7 @@ def add_disk(server: Server, disk: Disk) -> None:
             t.write(f"{front}/{name}", value, perms=of_guest)
 
 
-def forget_rings(server: Server, disk: Disk) -> None:
+def forget_rings(server: Server, disk: Numbered) -> None:
     """Removes what a frontend that has closed, or begins anew, had published of its rings.
 
     A kernel after kexec may have another number of queues or of ring pages, and Linux' blkfront writes only the nodes

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evtchnd.channel import Channel
-from evtchnd.errors import EvtchndError, GuestError, HostError
+from evtchnd.errors import EvtchndError, GuestError
 from evtchnd.transport import close_all
 
 if TYPE_CHECKING:
@@ -105,14 +105,15 @@ class Device:
         self.sectors = sectors
         self.sector_size = sector_size
         self.stats: Callable[[], Mapping[str, int]] = dict
-        self.resize: Callable[[int], Awaitable[None]] = self._no_resize
+        self.resize: Callable[[int], Awaitable[None]] = self._resize
         self._bind = bind
         self._unbind = unbind
         self._report = report
         self._channels: dict[Channel, int] = {}
 
-    async def _no_resize(self, _: int) -> None:
-        raise HostError(f"{self.name}: cannot be resized")
+    async def _resize(self, sectors: int) -> None:
+        """Before the backend has begun: it begins with that."""
+        self.sectors = sectors
 
     async def bind(self, ports: Sequence[int]) -> list[Channel]:
         """Channels for the guest's `ports`, all or none, through the control plane and the VMM.

@@ -259,6 +259,9 @@ class Worker:
             await running.end()
 
     async def _resize(self, resize: m.Resize) -> None:
+        attaching = self._attaching.get(resize.devid)
+        if attaching is not None:
+            await asyncio.wait([attaching])
         running = self._devices.get(resize.devid)
         if running is not None:  # else it is off; the next one that serves it gets the size with its Attach
             await running.device.resize(resize.sectors)
