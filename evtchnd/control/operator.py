@@ -113,7 +113,7 @@ class BlockDetachReply(Struct, frozen=True):
 class BlockResizeCall(Struct, frozen=True, forbid_unknown_fields=True):
     domid: Domid
     device: str
-    size: Annotated[int, Meta(gt=0, lt=1 << 63)] | None = None
+    size: Annotated[int, Meta(gt=0, le=(1 << 63) - 1)] | None = None
 
 
 class BlockResizeReply(Struct, frozen=True):
