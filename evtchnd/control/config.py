@@ -31,6 +31,9 @@ DEFAULT_RUNTIME_DIR = "/run/evtchnd"
 # A wrong file may have many wrong keys; who corrects it reads the first screenful.
 _MOST_FAULTS = 20
 
+# Of all queues of a disk: four queues of 16 pages. A ring page holds 32 requests; each costs the journal 128 bytes.
+MOST_RING_PAGES = 64
+
 # One tenth of a second is a tick of a busy host, an hour is "never" to whoever waits for a guest.
 Seconds = Annotated[float, Meta(ge=0.1, le=3600)]
 
@@ -57,7 +60,7 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     grant_frames: Annotated[int, Meta(ge=1, le=64)] = 64
     # Of one domain. The 2-level ABI has 4,096 ports, a few of which the guest keeps for itself.
     ports: Annotated[int, Meta(ge=1, le=EVTCHN_2L_PORTS_64)] = EVTCHN_2L_PORTS_64
-    # Of one domain. A disk costs a ring of up to 16 pages, its journal and about 8 descriptors.
+    # Of one domain. A disk costs rings of up to 64 pages, their journals and about 16 descriptors.
     disks: Annotated[int, Meta(ge=1, le=1024)] = 64
     # Opening or closing an image: longer, and its storage hangs. A VMM waits 10 s for each answer.
     image_s: Seconds = 8.0
@@ -90,8 +93,13 @@ class Vbd(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     # 16 pages, 512 requests of 11 segments: Linux' blkback ends there (XENBUS_MAX_RING_GRANT_ORDER 4).
     max_ring_page_order: Annotated[int, Meta(ge=0, le=4)] = 4
-    # 1 MiB a request, Linux' own maximum (MAX_INDIRECT_SEGMENTS). 0: the feature is not offered.
-    max_indirect_segments: Annotated[int, Meta(ge=0, le=256)] = 256
+    # Linux' frontend takes one a vCPU, four at most (xen_blkif_max_queues); one worker serves them all, so that more of
+    # them only spare a guest's vCPUs each other's locks. 1: one ring, as before queues.
+    max_queues: Annotated[int, Meta(ge=1, le=MOST_RING_PAGES)] = 4
+    # 1 MiB a request, Linux' own maximum (MAX_INDIRECT_SEGMENTS). The wire ends at 8 pages of 512, 16 MiB a request; a
+    # worker keeps 20 bytes for each of them and each entry of each ring: 10 MiB a disk as it is here, 160 MiB at most.
+    # 0: the feature is not offered.
+    max_indirect_segments: Annotated[int, Meta(ge=0, le=4096)] = 256
     # auto: io_uring, or threads where the kernel refuses it.
     engine: Engine = "auto"
 
@@ -337,6 +345,10 @@ def _cross_checks(config: Config) -> Iterator[tuple[str, str]]:
         yield "limits.restart_pause_s", f"above limits.restart_pause_max_s ({config.limits.restart_pause_max_s:g})"
     if 0 < config.vbd.max_indirect_segments <= 11:
         yield "vbd.max_indirect_segments", "11 fit without indirection: 0 turns it off, 12 is the least"
+    if config.vbd.max_queues << config.vbd.max_ring_page_order > MOST_RING_PAGES:
+        most = MOST_RING_PAGES >> config.vbd.max_ring_page_order
+        reason = f"rings of {1 << config.vbd.max_ring_page_order} pages (vbd.max_ring_page_order) leave room for {most}"
+        yield "vbd.max_queues", reason
     seen: dict[int, int] = {}
     for index, domain in enumerate(config.domains):
         first = seen.setdefault(domain.domid, index)
