@@ -40,16 +40,33 @@ class Contention:
             if now - rival.held_at >= HOLD_EVERY_S:
                 rival.holder, rival.held_at = conn, now
 
-    def ended(self, conn: Connection, count: int = 1) -> None:
-        """`count` transactions of `conn` are over, however."""
-        self.open -= count
-        if not self.open:
-            self._writers.clear()
+    def ended(self, conn: Connection, conflict: bytes | None = None) -> None:
+        """A transaction of `conn` is over; `conflict`: its commit was refused, for a change of this path."""
+        self.open -= 1
+        self._let_go(conn)
+        if conflict is not None:
+            conn.conflicts += 1
+            rival = self._writers.get(conflict)
+            if conn.conflicts >= CONFLICTS_MAX and rival is not None and rival is not conn:
+                conn.rivals[rival] = None
+        self._settle()
+
+    def dropped(self, conn: Connection) -> None:
+        """All transactions of `conn` go, without a word."""
+        self.open -= len(conn.transactions)
+        self._let_go(conn)
+        self._settle()
+
+    def _let_go(self, conn: Connection) -> None:
         for rival in conn.rivals:
             if rival.holder is conn:
                 rival.holder = None
                 rival.ready[rival] = None
         conn.rivals.clear()
+
+    def _settle(self) -> None:
+        if not self.open:
+            self._writers.clear()
 
     def wrote(self, conn: Connection, paths: Iterable[bytes]) -> None:
         """A guest has changed nodes."""
@@ -62,12 +79,6 @@ class Contention:
                 writers[changed] = conn
         while len(writers) > _WRITERS_MAX:
             del writers[next(iter(writers))]
-
-    def conflict(self, conn: Connection, path: bytes) -> Connection | None:
-        """A commit of `conn` was refused for a change of `path`. The guest that made it, if it has to wait now."""
-        conn.conflicts += 1
-        rival = self._writers.get(path)
-        return rival if conn.conflicts >= CONFLICTS_MAX and rival is not conn else None
 
     def expire(self, conn: Connection) -> None:
         """Nobody is held for longer than HOLD_S."""

@@ -290,16 +290,13 @@ def _transaction_end(request: Request) -> bytes:
     if view is store.now:
         raise XenStoreError("ENOENT", "no transaction")
     del conn.transactions[request.tx_id]
-    store.contention.ended(conn)
+    path = view.conflict(store.tree) if verdict == b"T" and not view.failed else None
+    store.contention.ended(conn, path)
     if verdict == b"F":
         return OK
     if view.failed:
         raise XenStoreError("ENOMEM", "an operation of the transaction was refused")
-    path = view.conflict(store.tree)
     if path is not None:
-        rival = store.contention.conflict(conn, path)
-        if rival is not None:
-            conn.rivals[rival] = None
         raise XenStoreError("EAGAIN")
     conn.conflicts = 0
     growth = view.growth.get(conn.domid, 0)

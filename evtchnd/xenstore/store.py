@@ -111,7 +111,7 @@ class XenStore:
             self.watches.remove(watch)
         conn.watches.clear()
         conn.watch_bytes = 0
-        self.contention.ended(conn, len(conn.transactions))
+        self.contention.dropped(conn)
         conn.transactions.clear()
 
     def add_watch(self, watch: Watch) -> None:
