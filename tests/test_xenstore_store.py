@@ -529,6 +529,20 @@ def test_xsa_322_417_a_reused_domid_inherits_nothing(store: XenStore, tool: Gues
     assert store.check() == []
 
 
+def test_xsa_322_417_nor_what_a_transaction_grants_to_who_is_gone(store: XenStore, tool: Guest) -> None:
+    boot(store, tool, 7)
+    other = boot(store, tool, 8)
+    tx, plain = other.start(), other.start()
+    assert other.chmod("data", "n8", "r7", tx=tx) == OK
+    assert other.write("data/x", tx=plain) == OK
+    store.release(7)
+    again = boot(store, tool, 7)
+    assert other.end(tx) == "EAGAIN"
+    assert other.end(plain) == OK
+    assert again.read("/local/domain/8/data") == "EACCES"
+    assert store.check() == []
+
+
 def test_xsa_324_huge_tokens(guest: Guest) -> None:
     token = "t" * 4000
     assert guest.watch("data", token) == OK
