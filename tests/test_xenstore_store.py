@@ -620,9 +620,16 @@ def test_xsa_484_every_operation_in_every_state_of_a_transaction(store: XenStore
         Op.TRANSACTION_END: b"T\0",
         Op.DIRECTORY_PART: b"data\x000\0",
         Op.GET_DOMAIN_PATH: b"7\0",
+        Op.INTRODUCE: b"7\x001\x002\0",
+        Op.RESUME: b"7\0",
+        Op.SET_TARGET: b"7\x007\0",
+        Op.GET_QUOTA: b"nodes\0",
+        Op.SET_QUOTA: b"nodes\x001000\0",
+        Op.GET_FEATURE: b"7\0",
+        Op.SET_FEATURE: b"9\x007\0",
     }
     for client in (guest, tool):
-        for op in range(24):
+        for op in range(28):
             for verdict in ("T", "F", "open", "ended", "never"):
                 tx = client.start() if verdict != "never" else 12345
                 if verdict == "ended":
