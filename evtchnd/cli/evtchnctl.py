@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evtchnd import diskspec
-from evtchnd.cli import console
+from evtchnd.cli import console, xenstore
 from evtchnd.cli.varlink import Client
 from evtchnd.errors import OperatorError
 
@@ -221,6 +221,7 @@ def _arguments(argv: Sequence[str] | None) -> Asked:
     shown.add_argument("-t", "--type", choices=("pv",), default="pv", help="only PV consoles are served here")
     more.add_argument("-n", "--num", type=int, metavar="NUM", help="1 to 9 (the first that is free)")
     less.add_argument("num", type=int, metavar="NUM", help="1 to 9")
+    xenstore.add(verbs, common, change, _control_socket, _domid_of)
     return parser.parse_args(argv, Asked(output="text", runtime_dir=None, socket=None, timeout=None))
 
 
@@ -233,8 +234,19 @@ def _seconds(text: str) -> float:
 
 
 def _client(args: Asked) -> Client:
+    return Client(_control_socket(args), timeout=args.timeout)
+
+
+def _control_socket(args: Asked) -> Path:
     folder = args.runtime_dir or os.environ.get("EVTCHND_RUNTIME_DIR") or _RUNTIME_DIR
-    return Client(args.socket or Path(folder) / "control.sock", timeout=args.timeout)
+    return Path(args.socket or Path(folder) / "control.sock")
+
+
+def _domid_of(args: Asked, domain: str) -> int:
+    if domain.isascii() and domain.isdecimal():
+        return int(domain)
+    with _client(args) as client:
+        return _domid(client, domain)
 
 
 def _domid(client: Client, domain: str) -> int:

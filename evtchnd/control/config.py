@@ -125,18 +125,23 @@ class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Xenstore(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Quotas of a guest in XenStore: the defaults of Xen's C server, one by one. Domain 0 has none."""
+    """Quotas of a guest in XenStore: the defaults of Xen's C server, one by one. Domain 0 has none.
 
-    nodes: Annotated[int, Meta(ge=1)] = 1000
-    watches: Annotated[int, Meta(ge=1)] = 128
-    outstanding: Annotated[int, Meta(ge=1)] = 20
-    transactions: Annotated[int, Meta(ge=1)] = 10
-    transaction_nodes: Annotated[int, Meta(ge=1)] = 1024
-    permissions: Annotated[int, Meta(ge=1)] = 5
+    `evtchnctl xenstore quota` changes them while a domain runs.
+    """
+
+    nodes: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 1000
+    watches: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 128
+    outstanding: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 20
+    transactions: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 10
+    transaction_nodes: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 1024
+    permissions: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 5
     # XENSTORE_ABS_PATH_MAX is 3,072, the C server's quota is lower
     path_bytes: Annotated[int, Meta(ge=256, le=3072)] = 2048
     node_bytes: Annotated[int, Meta(ge=64, le=4096)] = 2048
-    memory_bytes: Annotated[int, Meta(ge=65536)] = 2621440
+    memory_bytes: Annotated[int, Meta(ge=65536, le=0x7FFFFFFF)] = 2621440
+    # Beyond it there is a line in the log
+    memory_soft_bytes: Annotated[int, Meta(ge=65536, le=0x7FFFFFFF)] = 2097152
     # Watch events that a client does not read.
     unread_s: Seconds = 20.0
 
@@ -147,6 +152,8 @@ class Domain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     domid: Annotated[int, Meta(ge=1, lt=DOMID_FIRST_RESERVED)]
     # xl's disk strings; see diskspec.py
     disks: tuple[str, ...] = ()
+    # Quotas of its own, by the keys of [xenstore], which has the rest of them
+    xenstore: dict[str, int] = field(default_factory=dict)
 
     @property
     def disk_specs(self) -> tuple[diskspec.DiskSpec, ...]:
@@ -170,6 +177,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     console: Console = field(default_factory=Console)
     xenstore: Xenstore = field(default_factory=Xenstore)
     domains: tuple[Domain, ...] = ()
+
+    def xenstore_of(self, domid: int) -> Xenstore | None:
+        """The quotas of a domain that has some of its own. ValidationError if they are none."""
+        own = next((domain.xenstore for domain in self.domains if domain.domid == domid), {})
+        return msgspec.convert({**msgspec.structs.asdict(self.xenstore), **own}, Xenstore) if own else None
 
     @property
     def vmm_socket(self) -> Path:
@@ -354,6 +366,14 @@ def _cross_checks(config: Config) -> Iterator[tuple[str, str]]:
         first = seen.setdefault(domain.domid, index)
         if first != index:
             yield f"domains[{index}].domid", f"domain {domain.domid} has an entry already"
+        if "unread_s" in domain.xenstore:
+            yield f"domains[{index}].xenstore.unread_s", "is the same for all domains (xenstore.unread_s)"
+        elif first == index:
+            try:
+                config.xenstore_of(domain.domid)
+            except msgspec.ValidationError as exc:
+                key, reason = _explain(str(exc))
+                yield _join(f"domains[{index}].xenstore", key), reason
         devices: dict[int, int] = {}
         for number, text in enumerate(domain.disks):
             key = f"domains[{index}].disks[{number}]"
