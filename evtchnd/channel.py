@@ -1,7 +1,8 @@
 """An event channel's domain-0 end: an eventfd that the guest kicks, an eventfd that notifies it; adaptive polling.
 
-How a kick becomes work. The loop's reader callback steps the backend's coroutine (its *pump*) with `send()`: no task,
-no Event, no Queue lies between, since each of them costs more than the request itself:
+How a kick becomes work. The `Poller` has an epoll of its own with all kick eventfds in it, and the loop has only that
+one descriptor; its reader callback steps the backend's coroutine (its *pump*) with `send()`: no task, no Event, no
+Queue lies between, since each of them costs more than the request itself:
 
 ```python
 channel.watch(ring.pending, ring.arm)
@@ -21,6 +22,11 @@ What it looks at are the *live* channels, those that were pumped and are not arm
 window is armed and no longer looked at, however busy the others are: the next kick makes it live again. So a look, a
 sleep and a kick cost the same with four thousand channels as with one.
 
+Kick eventfds are in the epoll edge-triggered: each write is one event, so nobody reads them. With thousands of channels
+most of a kick's cost is memory that is cold when it comes, and so there is little of it: one epoll entry in the kernel,
+the `Channel` and its coroutine here, none of the loop's own objects. A guest that kicks a ring which is not armed is
+not heard until it is: its kicks then cost nobody anything.
+
 The window adapts, as KVM's halt polling does (Documentation/virt/kvm/halt-polling.rst), with one difference. KVM
 compares the time it slept with the longest window. Here that time contains the wake-up of this CPU, which is often
 longer than the window itself, so it cannot tell a guest that comes back after 20 us from one that comes back after 80.
@@ -32,13 +38,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Protocol
 
-from .errors import HostError, VmmError
+from .errors import VmmError
 
 SLICE_NS = 20_000
 """How long a poll keeps the loop from other descriptors: about what one batch of a full ring costs."""
@@ -47,8 +54,13 @@ LEAST_NS = 6_000
 WAKE_NS = 100_000
 """What waking an idle CPU takes at most (50-100 us were measured): a sleep of up to the longest window plus this may
 have been a short pause of the guest, and is worth a try."""
+MOST_KICKED = 64
+"""Channels whose kicks are taken before the loop turns; the epoll keeps the others, in order."""
 MOST_SKIPPED = 1024
 """After tries that never paid, one short sleep in so many is tried again: below 0.1 % of the CPU."""
+
+
+_HEARD = select.EPOLLIN | select.EPOLLET
 
 
 class Source(Protocol):
@@ -91,8 +103,7 @@ class Channel:
     name: for log lines and errors, as "domain 7: vbd 51712". Without a poller there is no polling: the ring is armed
     after every pump.
 
-    Counters, plain integers: `kicks` (what the kick eventfd counted; kicks fold), `wakeups` (callbacks of it),
-    `notifications`.
+    Counters, plain integers: `kicks` (see there), `wakeups` (times that the loop heard of them), `notifications`.
     """
 
     # One of thousands is cold when its kick comes: it lies in one piece.
@@ -101,13 +112,15 @@ class Channel:
         "_again",
         "_coro",
         "_done",
+        "_kicks",
+        "_own",
         "_poller",
         "_running",
         "arm",
         "closed",
         "kick_fd",
-        "kicks",
         "more",
+        "muted",
         "name",
         "notifications",
         "notify_fd",
@@ -125,20 +138,34 @@ class Channel:
         self.kick_fd = kick
         self.notify_fd = notify
         self.name = name
-        self.kicks = 0
         self.wakeups = 0
         self.notifications = 0
         self.closed = False
+        self._kicks = 0
         self._poller = poller
+        self._own = False  # the poller is this channel's alone
         self._coro: Coroutine[Any, Any, None] | None = None
         self._done: asyncio.Future[None] | None = None
         self._running = False
         self._again = False
-        # The poller's view; see Poller._look and _arm. `until`: when it had no work for a window; 0: it just had.
+        # The poller's view; see Poller._look, _arm and mute. `until`: when it had no work for a window; 0: it just had.
         self.pending: Callable[[], bool] = _no
         self.arm: Callable[[], bool] = _no
         self.more = False
+        self.muted = False
         self.until = 0
+
+    @property
+    def kicks(self) -> int:
+        """What the kick eventfd has counted, by a read of it. Kicks fold: `wakeups` are fewer."""
+        self.count()
+        return self._kicks
+
+    def count(self) -> None:
+        """Takes what the kick eventfd has counted so far."""
+        if not self.closed:
+            with suppress(BlockingIOError):
+                self._kicks += os.eventfd_read(self.kick_fd)
 
     def kicked(self) -> Awaitable[None]:
         """Returns when there may be work: a kick, a poll that hit, `step()`. The first one waits, too.
@@ -160,10 +187,11 @@ class Channel:
         loop = asyncio.get_running_loop()
         if self._poller is None:
             self._poller = Poller(loop, max_us=0)
+            self._own = True
         self._coro = coro
         self._done = loop.create_future()
         self._done.add_done_callback(self._ended)
-        loop.add_reader(self.kick_fd, self._on_kick)
+        self._poller.listen(self)
         done = self._done
         self.advance()
         self._poller.pumped(found=True)
@@ -243,40 +271,24 @@ class Channel:
         if self._poller is not None:
             self._poller.live[self] = None
 
-    def _on_kick(self) -> None:
-        poller = self._poller
-        if poller is None:
-            return
-        poller.woken()
+    def heard(self) -> bool:
+        """It was kicked: one pump, for the poller. Whether its ring had something."""
+        self.wakeups += 1
+        pending, poller = self.pending, self._poller
         try:
-            found = self.pending()
+            found = pending()
         except Exception as error:
             self.fail(error)
-            return
-        # The answer first: the guest waits for it. A kick that comes before the read is lost with it, but not what it
-        # tells of: this ring is looked at again, or armed, in any case.
-        if found:
+            return False
+        looked_at = poller is not None and poller.looks_at(self) and pending is not _no
+        if looked_at and poller is not None:
+            poller.mute(self)
+        if found or not looked_at:
             self.advance()
-            if self._coro is None:
-                return
-        try:
-            count = os.eventfd_read(self.kick_fd)
-        except BlockingIOError:
-            count = 0
-        except OSError as error:
-            self.fail(HostError(f"{self.name}: kick: {error.strerror}"))
-            return
-        if count:
-            self.kicks += count
-            self.wakeups += 1
-            if not found:
-                self.advance()
-        elif not found:
-            return
-        poller.pumped(found=found)
+        return found
 
     def fail(self, error: Exception | None) -> None:
-        """The coroutine is over (for the poller, too). The reader goes: a descriptor in error calls it for ever."""
+        """The coroutine is over (for the poller, too)."""
         done = self._done
         self._leave()
         if done is None or done.done():
@@ -298,11 +310,12 @@ class Channel:
     def _leave(self) -> None:
         coro, self._coro = self._coro, None
         self.pending = self.arm = _no
-        self.more = False
+        self.more = self.muted = False
         if self._poller is not None and self._done is not None:
-            self._poller.live.pop(self, None)
-            self._poller.loop.remove_reader(self.kick_fd)
+            self._poller.forget(self)
             self._done = None
+            if self._own:
+                self._poller.close()
         # close() of a coroutine that is running (a pump that closes its own channel) raises: it ends by itself.
         if coro is not None and not self._running:
             coro.close()
@@ -313,6 +326,7 @@ class Poller:
 
     max_us: the longest window in us; 0: never polls. Counters: `slices`, `hits` (polls that found work), `misses`
     (windows that found none), `sleeps`. `live`: the channels that are not armed, kept by them; a set in order.
+    `close()` when no channel needs it any more.
     """
 
     def __init__(
@@ -335,6 +349,25 @@ class Poller:
         self._skip = 0
         self._skipped = 0
         self._closed = False
+        self._kicks = select.epoll()
+        self._by_fd: list[Channel | None] = []  # a dict's entry would be two more cold cache lines
+        loop.add_reader(self._kicks.fileno(), self._on_kicks)
+
+    def listen(self, channel: Channel) -> None:
+        """Hears of the channel's kicks, those included that came before."""
+        fd = channel.kick_fd
+        self._by_fd.extend([None] * (fd + 1 - len(self._by_fd)))
+        self._by_fd[fd] = channel
+        # edge-triggered: an eventfd tells of every write, read or not
+        self._kicks.register(fd, _HEARD)
+
+    def forget(self, channel: Channel) -> None:
+        """Ends that; before the descriptor is closed, since others hold copies of it and epoll goes by the file."""
+        self.live.pop(channel, None)
+        if not self._closed:
+            self._by_fd[channel.kick_fd] = None
+            with suppress(FileNotFoundError, PermissionError):  # somebody has put another file in its place
+                self._kicks.unregister(channel.kick_fd)
 
     def add_source(self, source: Source) -> None:
         """Looks at `source`, and reads its eventfd when asleep. Counted: one `remove_source` for each."""
@@ -354,8 +387,13 @@ class Poller:
             self.loop.remove_reader(source.eventfd)
 
     def close(self) -> None:
-        """Leaves the loop; channels and sources stay their owners'."""
+        """Leaves the loop; channels and sources stay their owners'. Idempotent."""
+        if self._closed:
+            return
         self._closed = True
+        self.loop.remove_reader(self._kicks.fileno())
+        self._kicks.close()
+        self._by_fd.clear()
         for source in self._sources:
             self.loop.remove_reader(source.eventfd)
         self._sources = ()
@@ -447,11 +485,16 @@ class Poller:
     def _arm(self, channel: Channel) -> bool:
         """True: it has more, and stays live; the next look steps it."""
         try:
+            if channel.muted:
+                channel.count()  # before it is armed: what is kicked from then on counts
             channel.more = channel.arm()
         except Exception as error:
             channel.fail(error)
         if not channel.more:
             self.live.pop(channel, None)
+            if channel.muted:
+                channel.muted = False
+                self._kicks.modify(channel.kick_fd, _HEARD)  # tells at once if it has been kicked
         return channel.more
 
     def _missed(self) -> None:
@@ -479,6 +522,26 @@ class Poller:
         else:
             self.sleeps += 1
             self._slept_at = self._clock()
+
+    def looks_at(self, channel: Channel) -> bool:
+        """It is being polled: a kick of it was not asked for."""
+        return self.window_ns > 0 and channel in self.live
+
+    def mute(self, channel: Channel) -> None:
+        """Its guest kicks a ring that is not armed: not heard until it is. Such a kick then wakes nobody."""
+        channel.muted = True
+        self._kicks.modify(channel.kick_fd, 0)
+
+    def _on_kicks(self) -> None:
+        self.woken()
+        found = False
+        for fd, _ in self._kicks.poll(0, MOST_KICKED):
+            channel = self._by_fd[fd]
+            if channel is not None:  # else closed by one before it
+                found = channel.heard() or found
+            if self._closed:
+                return
+        self.pumped(found=found)
 
     def _on_completion(self, source: Source) -> None:
         with suppress(BlockingIOError):

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from evtchnd.channel import MOST_SKIPPED, Channel, Poller
-from evtchnd.errors import GuestError, HostError, VmmError
+from evtchnd.channel import MOST_KICKED, MOST_SKIPPED, Channel, Poller
+from evtchnd.errors import GuestError, VmmError
 from scale import scaled
 
 
@@ -583,17 +583,116 @@ async def test_one_coroutine_a_channel(channels: Callable[..., Channel]) -> None
         served.channel.drive(served.pump())
 
 
-async def test_a_dead_kick_descriptor_ends_the_pump(channels: Callable[..., Channel]) -> None:
-    """As a descriptor that polls readable for ever and cannot be read: the reader has to go."""
+async def test_another_file_in_the_place_of_the_kick_descriptor(channels: Callable[..., Channel]) -> None:
+    """The loop is not called for ever, and the channel ends as any other."""
     channel = channels()
     served = Served(channel)
     listener = os.open("/", os.O_RDONLY)
-    os.eventfd_write(channel.kick_fd, 1)
-    os.dup2(listener, channel.kick_fd)  # EISDIR
+    os.dup2(listener, channel.kick_fd)  # epoll does not take it
     os.close(listener)
-    channel._on_kick()
-    with pytest.raises(HostError, match="domain 7: vbd 51712: kick"):
-        await served.done
+    await asyncio.sleep(0.01)
+    assert channel.wakeups == 0
+    channel.close()
+    assert served.done.cancelled()
+
+
+async def test_a_copy_of_the_kick_descriptor_does_not_keep_it_in_the_epoll(
+    channels: Callable[..., Channel], polling: Callable[..., Poller]
+) -> None:
+    """The control plane has one of each: what is kicked after the end of a channel wakes nobody."""
+    poller = polling(max_us=0)
+    first = channels(poller)
+    Served(first)
+    copy, number = os.dup(first.kick_fd), first.kick_fd
+    first.close()
+    second = Served(channels(poller))
+    assert second.channel.kick_fd == number
+    os.eventfd_write(copy, 1)
+    os.close(copy)
+    await asyncio.sleep(0.01)
+    assert (second.pumps, second.channel.wakeups) == (0, 0)
+
+
+async def test_more_kicked_than_one_look_takes(
+    channels: Callable[..., Channel], polling: Callable[..., Poller]
+) -> None:
+    poller = polling(max_us=0)
+    many = [Served(channels(poller)) for _ in range(3 * MOST_KICKED)]
+    for served in many:
+        served.ring.put()
+    await until(lambda: all(served.taken == 1 for served in many))
+    assert {served.channel.wakeups for served in many} == {1}
+
+
+async def test_a_kick_that_nobody_reads_is_followed_by_others(channels: Callable[..., Channel]) -> None:
+    """Its count stays; each write is heard."""
+    served = Served(channels())
+    for number in range(1, 50):
+        served.ring.put()
+        await until(lambda number=number: served.taken == number)
+    assert served.channel.wakeups == 49
+    assert os.eventfd_read(served.channel.kick_fd) == 49
+
+
+async def test_kicks_of_a_ring_that_is_not_armed_are_not_heard(
+    channels: Callable[..., Channel], polling: Callable[..., Poller]
+) -> None:
+    """A guest that kicks with every request: one kick tells that it does, the others wake nobody."""
+    poller = polling(max_us=50, clock=Clock(step=1000))
+    served = Served(channels(poller))
+    kicks = 0
+    for episode in range(1, 4):
+        for _ in range(50):
+            served.ring.prod += 1
+            os.eventfd_write(served.channel.kick_fd, 1)
+            kicks += 1
+            await until(lambda: served.taken == served.ring.prod)
+        assert served.channel.wakeups <= 2 * episode
+        await quiet(poller)  # armed: the next one is heard
+    assert served.channel.kicks == kicks
+    assert not served.channel.muted
+
+
+async def test_a_kick_between_the_arming_and_the_hearing(
+    channels: Callable[..., Channel], polling: Callable[..., Poller]
+) -> None:
+    """The guest saw the event index and kicked before the epoll listened again."""
+    poller = polling(max_us=50, clock=Clock(step=1000))
+    served = Served(channels(poller))
+    served.ring.put()
+    await until(lambda: served.taken == 1)
+    late = 0
+
+    def arm() -> bool:
+        nonlocal late
+        more = served.ring.arm()
+        if not late and served.channel.muted:
+            late = 1
+            served.ring.put()
+        return more
+
+    served.channel.watch(served.ring.pending, arm)
+    os.eventfd_write(served.channel.kick_fd, 1)  # unasked
+    await until(lambda: served.taken == 2)
+    assert late
+
+
+async def test_one_that_closes_another_that_was_kicked_with_it(
+    channels: Callable[..., Channel], polling: Callable[..., Poller]
+) -> None:
+    poller = polling(max_us=0)
+    first, second = channels(poller), Served(channels(poller))
+
+    async def pump() -> None:
+        while True:
+            await first.kicked()
+            second.channel.close()
+
+    first.drive(pump())
+    os.eventfd_write(first.kick_fd, 1)
+    second.ring.put()
+    await until(lambda: second.done.cancelled())
+    assert second.pumps == 0
 
 
 def test_what_is_no_eventfd_is_refused() -> None:

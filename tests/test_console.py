@@ -241,6 +241,9 @@ async def test_a_pty_that_nobody_reads_costs_nothing() -> None:
     assert ends.terminal.dropped > 200_000
     got = await read_all(slave, 400_000 - ends.terminal.dropped)
     assert len(got) == 400_000 - ends.terminal.dropped
+    used = time.process_time()
+    await asyncio.sleep(0.5)
+    assert time.process_time() - used < 0.25, "all is read, and it is asked again and again"
     assert not ends.lost
     ends.close()
     os.close(slave)

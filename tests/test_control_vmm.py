@@ -96,7 +96,7 @@ def test_a_domid_is_one_vmm_s(tmp_path: Path) -> None:
 def test_too_few_descriptors(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as daemon:
         resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (150, 150))
-        with pytest.raises(Refused, match=r"domain 7: 24 descriptors more are too many: .* of 150 are in use"):
+        with pytest.raises(Refused, match=r"domain 7: 30 descriptors more are too many: .* of 150 are in use"):
             SoftVmm(daemon.vmm_socket, 7, memory=MiB)
         assert daemon.call("list") == []
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
+import select
 import shutil
 import struct
 import subprocess
@@ -21,6 +23,7 @@ from evtchnd.vmm import kvm, kvm_agent, kvm_ioctl, kvm_irq, kvm_machine, physdev
 from evtchnd.vmm.kvm import XenHvm
 from evtchnd.vmm.kvm_agent import Command
 from evtchnd.vmm.kvm_ioctl import KvmError
+from evtchnd.vmm.kvm_irq import PinRoute, irqfd, set_gsi_routing
 from evtchnd.vmm.kvm_vm import KvmVmm
 from kvmguest import Other, agent, eventfds, why_no_kvm
 from scale import scaled
@@ -95,6 +98,8 @@ NUMBERS = {
     "KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL": kvm.PRIO_2LEVEL,
     "KVM_IRQ_ROUTING_XEN_EVTCHN": kvm_irq._ROUTE_XEN_EVTCHN,
     "KVM_IRQ_ROUTING_MSI": kvm_irq._ROUTE_MSI,
+    "KVM_IRQ_ROUTING_IRQCHIP": kvm_irq._ROUTE_IRQCHIP,
+    "KVM_IRQCHIP_IOAPIC": kvm_irq._IOAPIC,
     "KVM_IRQFD_FLAG_DEASSIGN": kvm_irq._IRQFD_DEASSIGN,
     "KVM_IRQFD_FLAG_RESAMPLE": kvm_irq._IRQFD_RESAMPLE,
     "KVM_IOEVENTFD_FLAG_DATAMATCH": kvm_irq._IOEVENTFD_DATAMATCH,
@@ -219,6 +224,60 @@ def test_kicks_of_a_real_guest_do_not_leave_the_kernel(other: Other, daemon: Dae
         assert kicks == count
         assert 1 <= wakeups <= count
         assert domain.forwarded == 0
+
+
+IO_APIC, PIN, LEVEL, MASKED = 0xFEC00000, 20, 1 << 15, 1 << 16
+
+
+def set_pin(domain: KvmVmm, entry: int) -> None:
+    """As the guest does it: the I/O APIC's select register, then its window."""
+    for register, value in ((0x11 + 2 * PIN, 0), (0x10 + 2 * PIN, entry)):
+        domain.command(Command.WRITE, IO_APIC, register)
+        domain.command(Command.WRITE, IO_APIC + 0x10, value)
+
+
+def test_a_level_triggered_interrupt_is_told_of_its_end(other: Other, daemon: Daemon) -> None:  # noqa: F811
+    """An irqfd with a resample eventfd: the pin is up until the guest has ended the interrupt, then we are told."""
+    fd, ended = os.eventfd(0, os.EFD_CLOEXEC), os.eventfd(0, os.EFD_CLOEXEC)
+    with contextlib.ExitStack() as files, KvmVmm(daemon.path, 7, memory=test_soft.MEMORY, code=agent()) as domain:
+        files.callback(os.close, fd)
+        files.callback(os.close, ended)
+        mailbox, vm = domain.runners[0].mailbox, domain.machine.fd
+        set_gsi_routing(vm, [PinRoute(PIN, PIN)])
+        irqfd(vm, fd, PIN, resample_fd=ended)
+        set_pin(domain, kvm_agent.VECTOR_MSI | LEVEL)
+        for i in range(1, 4):
+            domain.command(Command.INTERRUPTS, 0)
+            other.write(fd, i)
+            assert not heard(ended, 0.05), "it has not even begun"
+            domain.command(Command.INTERRUPTS, 1)
+            assert heard(ended)
+            domain.command(Command.NOP)
+            assert mailbox.msis == i, "any number of writes is one level, taken down at its end"
+        set_pin(domain, kvm_agent.VECTOR_MSI | LEVEL | MASKED)
+        other.write(fd)
+        domain.command(Command.NOP)
+        assert not heard(ended, 0.05)
+        # At the unmasking KVM takes the level down and asks whether there is still work, before it interrupts the guest
+        # (kvm_ioapic's resampling, Linux 6.3).
+        set_pin(domain, kvm_agent.VECTOR_MSI | LEVEL)
+        assert heard(ended)
+        other.write(fd)
+        assert heard(ended)
+        domain.command(Command.NOP)
+        assert mailbox.msis in (4, 5), "older kernels interrupt it twice"
+        irqfd(vm, fd, PIN, resample_fd=ended, assign=False)
+        other.write(fd)
+        domain.command(Command.NOP)
+        assert os.eventfd_read(fd) == 1, "KVM listens no more"
+
+
+def heard(fd: int, timeout: float = 60) -> bool:
+    """Whether the eventfd was written; its count is taken."""
+    there = bool(select.select([fd], [], [], timeout)[0])
+    if there:
+        os.eventfd_read(fd)
+    return there
 
 
 @pytest.mark.timeout(240)

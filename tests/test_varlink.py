@@ -360,7 +360,7 @@ def test_every_struct_is_what_the_interface_says() -> None:
     methods = re.findall(r"method (\w+)" + fields + r" -> " + fields, text)
     assert [name for name, _, _ in methods] == [
         *("List", "Info", "BlockAttach", "BlockDetach"),
-        *("Console", "ConsoleAttach", "ConsoleDetach"),
+        *("Console", "ConsoleAttach", "ConsoleDetach", "BlockResize"),
     ]
     for name, call, reply in methods:
         wanted = getattr(operator, f"{name}Call", varlink.NoParameters)

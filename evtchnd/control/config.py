@@ -31,6 +31,9 @@ DEFAULT_RUNTIME_DIR = "/run/evtchnd"
 # A wrong file may have many wrong keys; who corrects it reads the first screenful.
 _MOST_FAULTS = 20
 
+# Of all queues of a disk: four queues of 16 pages. A ring page holds 32 requests; each costs the journal 128 bytes.
+MOST_RING_PAGES = 64
+
 # One tenth of a second is a tick of a busy host, an hour is "never" to whoever waits for a guest.
 Seconds = Annotated[float, Meta(ge=0.1, le=3600)]
 
@@ -57,7 +60,7 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     grant_frames: Annotated[int, Meta(ge=1, le=64)] = 64
     # Of one domain. The 2-level ABI has 4,096 ports, a few of which the guest keeps for itself.
     ports: Annotated[int, Meta(ge=1, le=EVTCHN_2L_PORTS_64)] = EVTCHN_2L_PORTS_64
-    # Of one domain. A disk costs a ring of up to 16 pages, its journal and about 8 descriptors.
+    # Of one domain. A disk costs rings of up to 64 pages, their journals and about 16 descriptors.
     disks: Annotated[int, Meta(ge=1, le=1024)] = 64
     # Opening or closing an image: longer, and its storage hangs. A VMM waits 10 s for each answer.
     image_s: Seconds = 8.0
@@ -90,8 +93,13 @@ class Vbd(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     # 16 pages, 512 requests of 11 segments: Linux' blkback ends there (XENBUS_MAX_RING_GRANT_ORDER 4).
     max_ring_page_order: Annotated[int, Meta(ge=0, le=4)] = 4
-    # 1 MiB a request, Linux' own maximum (MAX_INDIRECT_SEGMENTS). 0: the feature is not offered.
-    max_indirect_segments: Annotated[int, Meta(ge=0, le=256)] = 256
+    # Linux' frontend takes one a vCPU, four at most (xen_blkif_max_queues); one worker serves them all, so that more of
+    # them only spare a guest's vCPUs each other's locks. 1: one ring, as before queues.
+    max_queues: Annotated[int, Meta(ge=1, le=MOST_RING_PAGES)] = 4
+    # 1 MiB a request, Linux' own maximum (MAX_INDIRECT_SEGMENTS). The wire ends at 8 pages of 512, 16 MiB a request; a
+    # worker keeps 20 bytes for each of them and each entry of each ring: 10 MiB a disk as it is here, 160 MiB at most.
+    # 0: the feature is not offered.
+    max_indirect_segments: Annotated[int, Meta(ge=0, le=4096)] = 256
     # auto: io_uring, or threads where the kernel refuses it.
     engine: Engine = "auto"
 
@@ -117,18 +125,23 @@ class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Xenstore(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Quotas of a guest in XenStore: the defaults of Xen's C server, one by one. Domain 0 has none."""
+    """Quotas of a guest in XenStore: the defaults of Xen's C server, one by one. Domain 0 has none.
 
-    nodes: Annotated[int, Meta(ge=1)] = 1000
-    watches: Annotated[int, Meta(ge=1)] = 128
-    outstanding: Annotated[int, Meta(ge=1)] = 20
-    transactions: Annotated[int, Meta(ge=1)] = 10
-    transaction_nodes: Annotated[int, Meta(ge=1)] = 1024
-    permissions: Annotated[int, Meta(ge=1)] = 5
+    `evtchnctl xenstore quota` changes them while a domain runs.
+    """
+
+    nodes: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 1000
+    watches: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 128
+    outstanding: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 20
+    transactions: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 10
+    transaction_nodes: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 1024
+    permissions: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 5
     # XENSTORE_ABS_PATH_MAX is 3,072, the C server's quota is lower
     path_bytes: Annotated[int, Meta(ge=256, le=3072)] = 2048
     node_bytes: Annotated[int, Meta(ge=64, le=4096)] = 2048
-    memory_bytes: Annotated[int, Meta(ge=65536)] = 2621440
+    memory_bytes: Annotated[int, Meta(ge=65536, le=0x7FFFFFFF)] = 2621440
+    # Beyond it there is a line in the log
+    memory_soft_bytes: Annotated[int, Meta(ge=65536, le=0x7FFFFFFF)] = 2097152
     # Watch events that a client does not read.
     unread_s: Seconds = 20.0
 
@@ -139,6 +152,8 @@ class Domain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     domid: Annotated[int, Meta(ge=1, lt=DOMID_FIRST_RESERVED)]
     # xl's disk strings; see diskspec.py
     disks: tuple[str, ...] = ()
+    # Quotas of its own, by the keys of [xenstore], which has the rest of them
+    xenstore: dict[str, int] = field(default_factory=dict)
 
     @property
     def disk_specs(self) -> tuple[diskspec.DiskSpec, ...]:
@@ -162,6 +177,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     console: Console = field(default_factory=Console)
     xenstore: Xenstore = field(default_factory=Xenstore)
     domains: tuple[Domain, ...] = ()
+
+    def xenstore_of(self, domid: int) -> Xenstore | None:
+        """The quotas of a domain that has some of its own. ValidationError if they are none."""
+        own = next((domain.xenstore for domain in self.domains if domain.domid == domid), {})
+        return msgspec.convert({**msgspec.structs.asdict(self.xenstore), **own}, Xenstore) if own else None
 
     @property
     def vmm_socket(self) -> Path:
@@ -337,11 +357,23 @@ def _cross_checks(config: Config) -> Iterator[tuple[str, str]]:
         yield "limits.restart_pause_s", f"above limits.restart_pause_max_s ({config.limits.restart_pause_max_s:g})"
     if 0 < config.vbd.max_indirect_segments <= 11:
         yield "vbd.max_indirect_segments", "11 fit without indirection: 0 turns it off, 12 is the least"
+    if config.vbd.max_queues << config.vbd.max_ring_page_order > MOST_RING_PAGES:
+        most = MOST_RING_PAGES >> config.vbd.max_ring_page_order
+        reason = f"rings of {1 << config.vbd.max_ring_page_order} pages (vbd.max_ring_page_order) leave room for {most}"
+        yield "vbd.max_queues", reason
     seen: dict[int, int] = {}
     for index, domain in enumerate(config.domains):
         first = seen.setdefault(domain.domid, index)
         if first != index:
             yield f"domains[{index}].domid", f"domain {domain.domid} has an entry already"
+        if "unread_s" in domain.xenstore:
+            yield f"domains[{index}].xenstore.unread_s", "is the same for all domains (xenstore.unread_s)"
+        elif first == index:
+            try:
+                config.xenstore_of(domain.domid)
+            except msgspec.ValidationError as exc:
+                key, reason = _explain(str(exc))
+                yield _join(f"domains[{index}].xenstore", key), reason
         devices: dict[int, int] = {}
         for number, text in enumerate(domain.disks):
             key = f"domains[{index}].disks[{number}]"

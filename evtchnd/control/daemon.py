@@ -177,13 +177,34 @@ class Daemon:
             raise OperatorError(str(exc)) from None
         return {"devid": devid, "forced": forced}
 
+    async def resize_block(self, domid: int, device: str | int, size: int | None = None) -> dict[str, Any]:
+        """The device gets the size that its image has now, or, of a file, `size` bytes; a guest sees it at once.
+
+        Returns {"domid", "devid", "vdev", "sectors", "sector_size"}.
+        """
+        domain = self._domain(domid)
+        found = self._disk(domain, device)
+        try:
+            await domain.resize(found, size)
+        except (HostError, VmmError) as exc:
+            raise OperatorError(str(exc)) from None
+        log.info("%s: %s: %d sectors of 512 bytes", found.name, found.vdev, found.sectors)
+        return {
+            "domid": domid,
+            "devid": found.devid,
+            "vdev": found.vdev,
+            "sectors": found.sectors,
+            "sector_size": found.sector_size,
+        }
+
     async def list(self) -> List[dict[str, Any]]:
         """One object a domain: {"domid", "name", "uuid", "state", "memory" (bytes), "vcpus", "devices" (count)}."""
         return [_summary(domain) for _, (domain, _) in sorted(self._domains.items())]
 
     async def info(self, domid: int) -> dict[str, Any]:
         """As in list(), and "slots", "grant_frames", "ports", "vmm_pid", "worker" {"pid", "restarts"} and
-        "devices": [{"kind", "devid", "vdev", "target", "readonly", "state" (xenbus), "counters" {name: int}}]
+        "devices": [{"kind", "devid", "vdev", "target", "readonly", "state" (xenbus), "counters" {name: int}, and of a
+        disk "sectors" (of 512 bytes), "sector_size" (bytes), "cache" ("writeback", "none")}]
         and "consoles": [{"devid", "tty", "log", "state", "counters"}].
         """
         domain = self._domain(domid)
@@ -202,6 +223,9 @@ class Daemon:
                     "vdev": each.vdev,
                     "target": each.target,
                     "readonly": each.readonly,
+                    "sectors": each.sectors,
+                    "sector_size": each.sector_size,
+                    "cache": "none" if each.direct else "writeback",
                     "state": toolstack.state(self._server, toolstack.backend(each)),
                     "counters": counters.get(each.devid, {}),
                 }
@@ -235,7 +259,9 @@ class Daemon:
 
     async def _open(self, domain: Domain, spec: DiskSpec) -> Disk:
         readonly = spec.readonly or spec.cdrom
-        image = await self._images.open(spec.target, readonly=readonly)
+        image = await self._images.open(
+            spec.target, readonly=readonly, sector_size=spec.sector_size, direct=spec.direct
+        )
         try:
             # the domain may have changed meanwhile
             if self._domains.get(domain.domid, (None,))[0] is not domain:
@@ -252,6 +278,7 @@ class Daemon:
             target=str(spec.target),
             readonly=readonly,
             cdrom=spec.cdrom,
+            discard=spec.discard,
             vbd=self._config.vbd,
         )
 

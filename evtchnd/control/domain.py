@@ -15,6 +15,8 @@ import socket
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+import msgspec
+
 from evtchnd import memory, transport
 from evtchnd import protocol as p
 from evtchnd.abi import PAGE_SIZE
@@ -22,7 +24,7 @@ from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
 from evtchnd.control.console import Consoles
 from evtchnd.control.descriptors import Held
-from evtchnd.control.disk import Disk
+from evtchnd.control.disk import Disk, Image
 from evtchnd.control.images import Images
 from evtchnd.control.ports import STORE, Ports, Vmm
 from evtchnd.control.supervisor import Supervisor
@@ -30,14 +32,15 @@ from evtchnd.control.zygote import Workers
 from evtchnd.errors import EvtchndError, OperatorError, VmmError
 from evtchnd.worker import messages as m
 from evtchnd.xenstore.client import Client
+from evtchnd.xenstore.quota import Quotas
 from evtchnd.xenstore.server import RingConnection, Server
 
 log = logging.getLogger(__name__)
 
 # A domain before its memory and its disks: sockets, pidfd, store page and port, a console, and some air.
 DESCRIPTORS = 30
-# Of one disk here: image, journal, io_uring, two a port.
-DISK_DESCRIPTORS = 8
+# Of one disk here: image, journal, io_uring, and some air; two more a queue.
+DISK_DESCRIPTORS = 6
 # Descriptors in one message to the worker; the kernel's limit is 253.
 _FDS = 200
 
@@ -246,6 +249,9 @@ class Domain:
         await self._attach_first()
         await self.supervisor.start()
         toolstack.add_domain(self._server, self)
+        quotas = self._config.xenstore_of(self.domid)
+        if quotas is not None:
+            self._server.store.set_quotas(self.domid, Quotas(**msgspec.structs.asdict(quotas)))
         self._server.introduce(self.domid)
         if self._page is not None:
             kick, notify = await self.ports.bind(STORE, [self.store_port])
@@ -340,7 +346,7 @@ class Domain:
             raise OperatorError(f"{self.label}: {vdev} is there already: {self.disks[devid].target}", errno.EEXIST)
         if len(self.disks) >= self._config.limits.disks:
             raise OperatorError(f"{self.label}: {len(self.disks)} disks are the limit (limits.disks)", errno.ENOSPC)
-        descriptors.require(DISK_DESCRIPTORS, f"{self.label}: {vdev}")
+        descriptors.require(DISK_DESCRIPTORS + 2 * self._config.vbd.max_queues, f"{self.label}: {vdev}")
 
     async def attach(self, disk: Disk) -> None:
         """Takes the disk; its device appears now, or at START. OperatorError where the worker cannot serve it."""
@@ -368,6 +374,42 @@ class Domain:
                 forced = True
         await self._take_away(disk)
         return forced
+
+    async def resize(self, disk: Disk, size: int | None) -> None:
+        """The disk's size after its owner has changed it, or `size` in bytes; a connected guest is told.
+
+        OperatorError: it cannot be, and why; VmmError: the worker refuses it.
+        """
+        if size is not None and disk.readonly:
+            raise OperatorError(f"{disk.name}: is attached read-only: its image is not made longer")
+        if size is not None and size % disk.sector_size:
+            raise OperatorError(f"{disk.name}: {size} bytes are no whole sectors of {disk.sector_size}")
+        try:
+            now = await self._images.resize(disk.vdev, disk.fd, size)
+        except OperatorError as exc:
+            raise OperatorError(f"{disk.name}: {exc}") from None
+        async with self._changing:
+            if self.disks.get(disk.devid) is not disk:
+                raise OperatorError(f"{disk.name}: was taken away")
+            sectors = Image(disk.fd, now, disk.sector_size).sectors
+            old = disk.sectors
+            if sectors < old and disk.connected is not None:
+                raise OperatorError(
+                    f"{disk.name}: the image has {sectors} sectors of 512 bytes, the guest uses {old}: "
+                    "it is not made smaller while it is connected (detach it)"
+                )
+            if not sectors:
+                raise OperatorError(f"{disk.name}: no sector fits into {now} bytes")
+            disk.sectors = sectors
+            try:
+                await self.supervisor.change(lambda id: m.Resize(id, disk.devid, sectors))
+            except VmmError:
+                disk.sectors = old
+                raise
+
+    def rings_gone(self, disk: Disk) -> None:
+        """The worker has let a disk's rings go."""
+        toolstack.forget_rings(self._server, disk)
 
     def disk_ended(self, disk: Disk) -> None:
         """The backend has ended by itself: after a detach that took too long, the rest of it happens now."""

@@ -51,6 +51,9 @@ class Device(Struct, frozen=True):
     readonly: bool
     state: int
     counters: dict[str, int]
+    sectors: int | None = None
+    sector_size: int | None = None
+    cache: str | None = None
 
 
 class Worker(Struct, frozen=True):
@@ -150,6 +153,19 @@ class ConsoleDetachReply(Struct, frozen=True):
     forced: bool
 
 
+class BlockResizeCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    device: str
+    size: Annotated[int, Meta(gt=0, le=(1 << 63) - 1)] | None = None
+
+
+class BlockResizeReply(Struct, frozen=True):
+    devid: int
+    vdev: str
+    sectors: int
+    sector_size: int
+
+
 class Operator:
     """The operator's socket of a running Daemon."""
 
@@ -164,6 +180,7 @@ class Operator:
             "Console": varlink.Method(ConsoleCall, self._console, self._console_client),
             "ConsoleAttach": varlink.Method(ConsoleAttachCall, self._console_attach),
             "ConsoleDetach": varlink.Method(ConsoleDetachCall, self._console_detach),
+            "BlockResize": varlink.Method(BlockResizeCall, self._block_resize),
         }
         service = varlink.Service(
             [varlink.Interface(DESCRIPTION, methods, _failed)],
@@ -219,6 +236,9 @@ class Operator:
     async def _console_detach(self, call: ConsoleDetachCall) -> ConsoleDetachReply:
         gone = await self._daemon.detach_console(call.domid, call.devid, force=bool(call.force))
         return _reply(ConsoleDetachReply, gone)
+
+    async def _block_resize(self, call: BlockResizeCall) -> BlockResizeReply:
+        return _reply(BlockResizeReply, await self._daemon.resize_block(call.domid, call.device, call.size))
 
 
 def version() -> str:

@@ -63,6 +63,7 @@ class Owner(Protocol):
     async def bind(self, devid: int, ports: list[int]) -> list[int]: ...
     def unbind(self, devid: int, ports: list[int]) -> None: ...
     def disk_ended(self, disk: Disk) -> None: ...
+    def rings_gone(self, disk: Disk) -> None: ...
 
 
 class _Worker:
@@ -309,7 +310,17 @@ class Supervisor:
             return
         worker.given.add(disk.devid)
         id = next(self._ids)
-        attach = m.Attach(id, disk.kind, disk.devid, disk.readonly, disk.cdrom, False, disk.connected)
+        attach = m.Attach(
+            id,
+            disk.kind,
+            disk.devid,
+            disk.readonly,
+            disk.cdrom,
+            disk.direct,
+            disk.connected,
+            sectors=disk.sectors,
+            sector_size=disk.sector_size,
+        )
         answer = await worker.ask(id, attach, [disk.fd, disk.journal])
         if isinstance(answer, m.Done) and answer.errno:
             disk.reason = answer.reason
@@ -352,7 +363,10 @@ class Supervisor:
             case m.Unbind():
                 self._owner.unbind(message.devid, message.ports)
             case m.Connected() if message.devid in self._owner.disks:
-                self._owner.disks[message.devid].connected = message.params
+                disk = self._owner.disks[message.devid]
+                disk.connected = message.params
+                if message.params is None:
+                    self._owner.rings_gone(disk)
             case m.Keep():
                 worker.send(m.Done(message.id, reason=self._keep_uring(worker, message)))
             case m.Ended() if message.devid in self._owner.disks:

@@ -7,6 +7,7 @@ the guest's, readable for domain 0; its backend directory is domain 0's, readabl
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Protocol
 
 from evtchnd.abi import GNTTAB_RESERVED_XENSTORE, XenbusState
@@ -50,6 +51,7 @@ class Introduced(Protocol):
 
 # A frontend that waits for its backend's last state has seen it then, before the nodes go.
 SEEN_S = 0.25
+_OF_RINGS = re.compile(r"ring-ref\d*|event-channel|ring-page-order|num-ring-pages|multi-queue-num-queues|queue-\d+")
 # A frontend in one of these has a ring, or is about to: a detach waits for it.
 _WITH_RING = (XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSING)
 
@@ -150,6 +152,7 @@ def add_disk(server: Server, disk: Disk) -> None:
             "mode": "r" if disk.readonly else "w",
             "device-type": device_type,
             "params": disk.target,
+            "discard-enable": int(disk.discard),
         }
         for name, value in of_backend.items():
             t.write(f"{back}/{name}", value, perms=of_host)
@@ -195,6 +198,21 @@ def add_console(server: Server, console: Terminal, limit: int) -> None:
             t.write(f"{front}/{name}", value, perms=of_host)
         for name, value in own.items():
             t.write(f"{front}/{name}", value, perms=of_guest)
+
+
+def forget_rings(server: Server, disk: Placed) -> None:
+    """Removes what a frontend that has closed, or begins anew, had published of its rings.
+
+    A kernel after kexec may have another number of queues or of ring pages, and Linux' blkfront writes only the nodes
+    that it needs then: `multi-queue-num-queues` of the one before would lead to rings that are not there any more.
+    """
+    front = frontend(disk)
+    if state(server, front) in _WITH_RING:
+        return
+    with server.transaction() as t:
+        for name in t.ls(front) if t.exists(front) else []:
+            if _OF_RINGS.fullmatch(name):
+                t.rm(f"{front}/{name}")
 
 
 def remove_disk(server: Server, disk: Disk) -> None:

@@ -61,17 +61,12 @@ class Console:
         return full
 
     def read(self, count: int) -> bytes:
-        """At least one and at most `count` bytes. GuestFault: nothing was typed in time."""
-        deadline = time.monotonic() + self._timeout
-        while True:
-            data = self._stream.read(count)
-            if data:
-                self._vm.send(self.port)
-                return data
-            left = deadline - time.monotonic()
-            if left <= 0:
+        """At least one and at most `count` bytes. GuestFault: no event told of any in time."""
+        while not (data := self._stream.read(count)):
+            if not self._vm.wait(self.port, self._timeout):
                 raise GuestFault(f"console: nothing is typed for {self._timeout:g} s")
-            self._vm.wait(self.port, left)
+        self._vm.send(self.port)
+        return data
 
     def close(self) -> None:
         """Lets go of the page; a further console is taken down, as a driver does when its backend closes."""

@@ -34,7 +34,7 @@ typedef unsigned long word; /* as wide as the event words of this mode */
 #define __HYPERVISOR_event_channel_op 32
 #define EVTCHNOP_send 4
 
-enum { NOP, CALL, SENDS, USERCALL, SPIN, TAKE, MASK, UNMASK, INTERRUPTS, OUTS, READ };
+enum { NOP, CALL, SENDS, USERCALL, SPIN, TAKE, MASK, UNMASK, INTERRUPTS, OUTS, READ, WRITE };
 
 struct mailbox {
     volatile u32 seq, done;       /* a command is new while they differ */
@@ -117,7 +117,8 @@ static u64 hypercall(struct mailbox *box, u32 number, word a, word b, word c, wo
 #endif
 }
 
-/* A hypercall from user mode: iret to it, int back. */
+/* A hypercall from user mode: iret to it, int back; 32-bit: sysexit and sysenter, which need no TSS (QEMU, which emulates
+ * the machine that this is tested in, has no busy 32-bit TSS in a nested guest), with interrupts off. */
 u64 usercall(struct mailbox *box, u32 number, word a, word b);
 void user_return(void);
 #ifdef __x86_64__
@@ -127,9 +128,13 @@ __asm__("usercall: push %rbx; push %rbp; push %r12; push %r13; push %r14; push %
         "push $0x23; lea -0x400(%rsp), %rdx; push %rdx; push $0x3202; push $0x1b; lea 1f(%rip), %rdx; push %rdx; iretq\n"
         "1: call *%r12; int $0x80\n"
         "user_return: mov 0x98(%rbx), %rsp; pop %r15; pop %r14; pop %r13; pop %r12; pop %rbp; pop %rbx; sti; ret\n");
-#else /* QEMU, which emulates the machine that this is tested in, has no busy 32-bit TSS in a nested guest */
-void user_return(void) {}
-u64 usercall(struct mailbox *box, u32 number, word a, word b) { return (u64)-38; }
+#else /* the GDT's order is that of sysexit: 8 code, 0x10 data, then user code and user data */
+__asm__("usercall: push %ebx; push %ebp; push %esi; push %edi; pushf; cli\n"
+        "mov 28(%esp), %edi; shl $5, %edi; add $0x70008000, %edi; mov 32(%esp), %ebx; mov 36(%esp), %esi\n"
+        "xor %edx, %edx; mov $0x174, %ecx; mov $8, %eax; wrmsr; inc %ecx; mov %esp, %eax; wrmsr\n"
+        "inc %ecx; mov $user_return, %eax; wrmsr; lea -0x400(%esp), %ecx; mov $1f, %edx; sysexit\n"
+        "1: mov %esi, %ecx; call *%edi; sysenter\n"
+        "user_return: cltd; popf; pop %edi; pop %esi; pop %ebp; pop %ebx; ret\n");
 #endif
 
 /* ---- interrupts ------------------------------------------------------------------------------------------------ */
@@ -236,6 +241,9 @@ static u64 run(struct mailbox *box)
         return 0;
     case READ:
         return *(volatile u32 *)(word)args[0];
+    case WRITE: /* address, value */
+        *(volatile u32 *)(word)args[0] = args[1];
+        return 0;
     }
     return 0;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from evtchnd.errors import EvtchndError, HostError
 from evtchnd.vmm.channels import Channels
-from evtchnd.vmm.client import Client, Disconnected
+from evtchnd.vmm.client import Client, Disconnected, Refused
 
 _AGAIN_S = 0.05
 
@@ -53,9 +54,11 @@ class DaemonLink:
             try:
                 self._introduce(self._open(), resumed=True)
                 return
-            except Disconnected:
+            except (Disconnected, Refused) as error:
                 self.close()
-                if self._leaving or time.monotonic() >= deadline:
+                # EEXIST: the old daemon is there and has not yet cleared the domain away
+                final = isinstance(error, Refused) and error.errno != errno.EEXIST
+                if final or self._leaving or time.monotonic() >= deadline:
                     raise
                 time.sleep(_AGAIN_S)
 
@@ -66,8 +69,8 @@ class DaemonLink:
             raise HostError(f"domain {self._channels.domid}: not connected to the daemon")
         return self._channels.client
 
-    def release(self, reason: int) -> None:
-        """The domain ends for the daemon, if that is there. `reason`: SHUTDOWN_*."""
+    def release(self, reason: int = 0) -> None:
+        """The domain ends for the daemon, if that is there. `reason`: SHUTDOWN_* of sched.h."""
         self._leaving = True
         with self._channels.turn:
             client = self._channels.client

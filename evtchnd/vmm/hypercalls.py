@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -173,6 +174,7 @@ class Hypercalls:
         self._handle = handle
         self._pirqs = physdev.Pirqs()
         self._said: set[str] = set()
+        self._counting = threading.Lock()
         self.counts: Counter[str] = Counter()
         self._ops: Mapping[int, Op] = {
             Number.EVENT_CHANNEL_OP: lambda guest, p: self._event_channel_op(guest, p[0], p[1]),
@@ -192,7 +194,8 @@ class Hypercalls:
     def answer(self, guest: Pointers, number: int, params: tuple[int, ...], cpl: int) -> int:
         """What the guest gets back: a result, or a negated error number. Never raises what a guest can cause."""
         name = name_of(number, params)
-        self.counts[name] += 1
+        with self._counting:
+            self.counts[name] += 1
         if cpl:
             return -errno.EPERM
         op = self._ops.get(number)

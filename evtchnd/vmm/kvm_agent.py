@@ -47,6 +47,7 @@ class Command(IntEnum):
     INTERRUPTS = 8
     OUTS = 9
     READ = 10
+    WRITE = 11
 
 
 # struct mailbox

@@ -22,7 +22,8 @@ _SIGNAL_MSI = iow(0xA5, 32)
 
 _IRQFD_DEASSIGN, _IRQFD_RESAMPLE = 1, 2
 _IOEVENTFD_DATAMATCH, _IOEVENTFD_PIO, _IOEVENTFD_DEASSIGN = 1, 2, 4
-_ROUTE_MSI, _ROUTE_XEN_EVTCHN = 2, 5
+_ROUTE_IRQCHIP, _ROUTE_MSI, _ROUTE_XEN_EVTCHN = 1, 2, 5
+_IOAPIC = 2  # KVM_IRQCHIP_IOAPIC
 _ROUTE = struct.Struct("<IIII32s")  # kvm_irq_routing_entry: gsi, type, flags, pad, the union
 
 
@@ -44,7 +45,15 @@ class MsiRoute:
     data: int
 
 
-def set_gsi_routing(vm_fd: int, routes: Sequence[EventRoute | MsiRoute]) -> None:
+@dataclass(frozen=True, slots=True)
+class PinRoute:
+    """A gsi that is a pin of the I/O APIC (KVM_IRQ_ROUTING_IRQCHIP), the only kind that is level triggered."""
+
+    gsi: int
+    pin: int
+
+
+def set_gsi_routing(vm_fd: int, routes: Sequence[EventRoute | MsiRoute | PinRoute]) -> None:
     """The whole table in one call: what is not in it is gone. EINVAL above MAX_ROUTES.
 
     6.12 takes a route to a port past the limit, and drops its events: ports come from a PortTable, which has it.
@@ -55,6 +64,8 @@ def set_gsi_routing(vm_fd: int, routes: Sequence[EventRoute | MsiRoute]) -> None
     for route in routes:
         if isinstance(route, EventRoute):
             kind, union = _ROUTE_XEN_EVTCHN, struct.pack("<III", route.port, route.vcpu, PRIO_2LEVEL)
+        elif isinstance(route, PinRoute):
+            kind, union = _ROUTE_IRQCHIP, struct.pack("<II", _IOAPIC, route.pin)
         else:
             low, high = route.address & 0xFFFFFFFF, route.address >> 32
             kind, union = _ROUTE_MSI, struct.pack("<III", low, high, route.data)
@@ -65,7 +76,8 @@ def set_gsi_routing(vm_fd: int, routes: Sequence[EventRoute | MsiRoute]) -> None
 def irqfd(vm_fd: int, fd: int, gsi: int, *, resample_fd: int = -1, assign: bool = True) -> None:
     """KVM_IRQFD: a write to the eventfd fires `gsi`, whoever writes. KVM holds a reference of its own.
 
-    `resample_fd`: the gsi is level triggered, and this eventfd is written at the guest's end-of-interrupt.
+    `resample_fd`: the gsi is level triggered (a pin): it stays up until the guest's end-of-interrupt, when KVM takes it
+    down and writes this eventfd. Whoever still has work then writes `fd` again.
     """
     flags = (0 if assign else _IRQFD_DEASSIGN) | (_IRQFD_RESAMPLE if resample_fd >= 0 else 0)
     data = struct.pack("<IIII", fd, gsi, flags, max(resample_fd, 0)).ljust(32, b"\0")

@@ -6,6 +6,7 @@ timer's ports cost it half a minute of calibration, a busy keyboard controller 6
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 from evtchnd.vmm import acpi
@@ -41,8 +42,10 @@ class Accesses:
 
     def __init__(self, most: int = 256) -> None:
         self._most = most
+        self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
 
     def count(self, access: Io | Mmio) -> None:
         name = f"port {access.port:#x}" if isinstance(access, Io) else f"address {access.address & ~0xFFF:#x}"
-        self.counts[name if name in self.counts or len(self.counts) < self._most else "others"] += 1
+        with self._lock:
+            self.counts[name if name in self.counts or len(self.counts) < self._most else "others"] += 1

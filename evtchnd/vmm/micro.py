@@ -44,6 +44,7 @@ _MIN_MEMORY, _MAX_MEMORY = 4 << 20, 1 << 40
 _FREE_AGAIN_S = 20.0
 # What is left of the guest's last words is read in no time.
 _REST_S = 10.0
+_IN_ORDER = (Shutdown.POWEROFF, Shutdown.REBOOT)
 
 
 class Stats:
@@ -208,33 +209,49 @@ def _console(guest: Guest) -> Iterator[None]:
             child.wait()
 
 
-def run(guest: Guest, stats: Stats, *, restart: bool, console: bool, stats_file: Path | None) -> Ended:
+class Signals:
+    """SIGTERM and SIGINT end the guest, also while it is being started; SIGUSR1 writes the statistics."""
+
+    def __init__(self, stats: Stats, stats_file: Path | None) -> None:
+        self.asked: Ended | None = None
+        self.vm: MicroVm | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        if stats_file is not None:
+            signal.signal(signal.SIGUSR1, lambda *_: _write(stats_file, stats.json(None)))
+
+    def _end(self, number: int, _: object) -> None:
+        self.asked = Ended(Shutdown.POWEROFF, f"by {signal.Signals(number).name}")
+        self.follow(self.vm)
+
+    def follow(self, vm: MicroVm | None) -> None:
+        self.vm = vm
+        if vm is not None and self.asked is not None:
+            vm.end(self.asked.reason, self.asked.text)
+
+
+def run(guest: Guest, stats: Stats, signals: Signals, *, restart: bool, console: bool) -> Ended:
     """Until the guest has ended for good."""
     label = f"domain {guest.domid} ({guest.name})"
     first = True
     while True:
-        # at the start another's domid is another's
         with contextlib.ExitStack() as running:
             terminal = running.enter_context(contextlib.ExitStack())  # ends after the domain
+            # at the start another's domid is another's
             vm = running.enter_context(MicroVm(guest, _say) if first else start(guest))
             first = False
             stats.follow(vm)
+            signals.follow(vm)
             if console:
                 if not vm.has_console:
                     raise OperatorError(f"{label}: --console: this daemon serves no consoles")
                 terminal.enter_context(_console(guest))
-
-            def stop(number: int, _: object, vm: MicroVm = vm) -> None:
-                vm.end(Shutdown.POWEROFF, f"by {signal.Signals(number).name}")
-
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, stop)
-            if stats_file is not None:
-                signal.signal(signal.SIGUSR1, lambda *_, file=stats_file: _write(file, stats.json(None)))
             ended = vm.run()
         stats.follow(None)
-        log.info("%s: %s: %s", label, ended.reason.name.lower().replace("_", " "), ended.text)
-        if ended.reason is not Shutdown.REBOOT or not restart:
+        signals.follow(None)
+        level = logging.INFO if ended.reason in _IN_ORDER else logging.ERROR
+        log.log(level, "%s: %s: %s", label, ended.reason.name.lower(), ended.text)
+        if ended.reason is not Shutdown.REBOOT or not restart or signals.asked is not None:
             return ended
 
 
@@ -258,13 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
                 opened.callback(os.close, disks[-1].fd)
             guest = guest_of(args, tuple(disks))
             stats = Stats(guest)
-            ended = run(
-                guest,
-                stats,
-                restart=args.reboot == "restart",
-                console=args.console,
-                stats_file=args.stats_json,
-            )
+            signals = Signals(stats, args.stats_json)
+            ended = run(guest, stats, signals, restart=args.reboot == "restart", console=args.console)
         except (EvtchndError, OSError) as error:
             print(f"evtchnd-micro: {error}", file=sys.stderr)
             return 1
@@ -272,10 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(stats.table(), file=sys.stderr)
     if args.stats_json:
         _write(args.stats_json, stats.json(ended))
-    if ended.reason in (Shutdown.POWEROFF, Shutdown.REBOOT):
-        return 0
-    print(f"evtchnd-micro: {guest.name}: {ended.reason.name.lower()}: {ended.text}", file=sys.stderr)
-    return 1
+    return 0 if ended.reason in _IN_ORDER else 1
 
 
 if __name__ == "__main__":

@@ -237,7 +237,8 @@ class MicroVm:
             while not self._over.is_set():
                 self._exited(vcpu, vcpu.run())
         except Exception as error:
-            log.exception("domain %d (%s): vCPU %d has stopped", self.guest.domid, self.guest.name, vcpu.number)
+            if not isinstance(error, OSError):
+                log.exception("domain %d (%s): vCPU %d has stopped", self.guest.domid, self.guest.name, vcpu.number)
             self.end(Shutdown.CRASH, f"vCPU {vcpu.number}: {error}")
 
     def _exited(self, vcpu: Vcpu, stop: Exit) -> None:
@@ -254,11 +255,12 @@ class MicroVm:
             case _ if stop.reason == "kicked":
                 pass
             case _ if stop.reason == "shutdown":
-                # A reset, as HVM_PARAM_TRIPLE_FAULT_REASON says where a toolstack says nothing else; but a guest that
-                # has not come as far as to hear of events would do it again and again.
+                # AMD's hardware leaves no registers of it. It is a reset, as HVM_PARAM_TRIPLE_FAULT_REASON says where a
+                # toolstack says nothing else; but a guest that has not come as far as to hear of events would do it
+                # again and again.
                 up = self._hvm_op.params.get(HvmParam.CALLBACK_IRQ)
                 reason = Shutdown.REBOOT if up else Shutdown.CRASH
-                self.end(reason, f"vCPU {vcpu.number}: triple fault ({vcpu.registers()})")
+                self.end(reason, f"vCPU {vcpu.number}: triple fault")
             case _:
                 self.end(Shutdown.CRASH, f"vCPU {vcpu.number}: KVM gave up: {stop.reason} ({vcpu.registers()})")
 

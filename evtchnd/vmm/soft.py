@@ -12,11 +12,9 @@ the same memory and eventfds. With it the daemon is complete on any machine.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import mmap
 import os
-import time
 from collections.abc import Callable
 from typing import Self
 
@@ -27,11 +25,13 @@ from evtchnd.abi import (
     GTF_PERMIT_ACCESS,
     PAGE_SIZE,
 )
-from evtchnd.errors import EvtchndError, HostError
+from evtchnd.errors import HostError
 from evtchnd.memory import GuestMemory
 from evtchnd.protocol import Feature
 from evtchnd.vmm.channels import Channels, EventKernel
-from evtchnd.vmm.client import Client, Disconnected, GrantFrame, MemorySlot
+from evtchnd.vmm.client import Client, GrantFrame, MemorySlot
+from evtchnd.vmm.daemon_link import DaemonLink
+from evtchnd.vmm.physmap import memfd
 from evtchnd.vmm.shared_info import SharedInfo
 from evtchnd.vmm.soft_kernel import SoftKernel
 
@@ -76,10 +76,10 @@ class SoftVmm:
         self.ram_pages = memory // PAGE_SIZE
         self.store_gfn, self.store_port = STORE_GFN, STORE_PORT
         self.console_gfn, self.console_port = CONSOLE_GFN, CONSOLE_PORT
-        self._path, self._timeout, self._grant_frames = socket_path, timeout, grant_frames
+        self._grant_frames = grant_frames
         self.channels = self._new_channels()
         self._ports, self._guest, self._lock = self.channels.ports, self.channels.turn, self.channels.lock
-        self._leaving = False  # released: the daemon hangs up, as it should
+        self._link = DaemonLink(socket_path, self.channels, self._introduce, timeout=timeout, lost=self._lost)
         with contextlib.ExitStack() as undo:
             self.ram_fd = memfd(f"{self.name} ram", memory, undo)
             self._special_fd = memfd(f"{self.name} special", SPECIAL_PAGES * PAGE_SIZE, undo)
@@ -97,9 +97,8 @@ class SoftVmm:
             self._kernel = self.channels.kernel = self._start_kernel(undo)
             self._boot()
             undo.callback(self.channels.close)
-            undo.callback(self._disconnect)
-            client = self._connect()
-            self._serve(client, client.register)
+            undo.callback(self._link.close)
+            self._link.connect()
             self._undo = undo.pop_all()
 
     # ---- the guest's side --------------------------------------------------------------------------------------
@@ -168,41 +167,27 @@ class SoftVmm:
     def reboot(self) -> None:
         """The domain ends for the daemon and begins anew on the same memory: RAM stays, all else is as at first."""
         with self._guest:
-            self._release()
-            self._disconnect()
+            self._link.release()
             with self._lock:
                 self.channels.reset()
                 self._boot()
-            client = self._connect()
-            self._serve(client, client.register)
+            self._link.connect()
 
     def resume(self, timeout: float = 30.0) -> None:
         """Goes to a restarted daemon and sends everything again; the guest notices nothing. Tries until `timeout`."""
         with self._guest:
-            self._disconnect()
-            deadline = time.monotonic() + timeout
-            while True:
-                try:
-                    client = self._connect()
-                    break
-                except Disconnected:
-                    if time.monotonic() >= deadline:
-                        raise
-                    time.sleep(0.05)
-            self._serve(client, client.resume, resumed=True)
+            self._link.resume(timeout)
 
     @property
     def client(self) -> Client:
         """The connection, for messages that have no method here (disks, slots). HostError when there is none."""
-        if self.channels.client is None:
-            raise HostError(f"domain {self.domid}: not connected to the daemon")
-        return self.channels.client
+        return self._link.client
 
     def close(self, *, release: bool = True) -> None:
         """Ends the domain; `release=False`: as a VMM that dies. Views of memory must be gone. Can be called twice."""
         with self._guest:
             if release:
-                self._release()
+                self._link.release()
             self._undo.close()
 
     def __enter__(self) -> Self:
@@ -234,31 +219,9 @@ class SoftVmm:
                 words[2 * gref + 1] = gfn
                 words[2 * gref] = GTF_PERMIT_ACCESS  # domid 0 in the upper half
 
-    def _release(self) -> None:
-        self._leaving = True
-        client = self.channels.client
-        if client is not None and not client.lost:
-            with contextlib.suppress(EvtchndError):
-                client.release()
-
-    def _connect(self) -> Client:
-        self._leaving = False
-        self.channels.client = client = Client(
-            self._path,
-            on_bind=self.channels.bind,
-            on_unbind=self.channels.unbind,
-            on_lost=self._on_lost,
-            timeout=self._timeout,
-        )
-        return client
-
-    def _disconnect(self) -> None:
-        client, self.channels.client = self.channels.client, None
-        if client is not None:
-            client.close()
-
-    def _serve(self, client: Client, enter: Callable[..., None], *, resumed: bool = False) -> None:
+    def _introduce(self, client: Client, *, resumed: bool) -> None:
         """Everything that the daemon has to know, in the protocol's order."""
+        enter = client.resume if resumed else client.register
         enter(self.domid, vcpus=self.vcpus, name=self.name, long_mode=self.long_mode)
         client.memory(
             [
@@ -276,15 +239,5 @@ class SoftVmm:
             client.console(CONSOLE_PORT, CONSOLE_GFN)
         client.start()
 
-    def _on_lost(self) -> None:
-        if not self._leaving:
-            log.warning("domain %d: the daemon has gone; resume() goes to a new one", self.domid)
-
-
-def memfd(name: str, size: int, undo: contextlib.ExitStack) -> int:
-    """Sealed: nobody can take pages away from under a mapping."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    undo.callback(os.close, fd)
-    os.ftruncate(fd, size)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    return fd
+    def _lost(self) -> None:
+        log.warning("domain %d: the daemon has gone; resume() goes to a new one", self.domid)

@@ -137,8 +137,10 @@ class Device(AnyDevice):
     completions     eventfd of this device for the disk side's completions (io_uring's, or the threads')
     disk_fd         the image or block device, opened by the control plane; belongs to the worker, not closed by run()
     readonly, cdrom, direct   how the disk was attached (direct: opened with O_DIRECT)
-    journal_fd      the in-flight journal's memfd, made by the control plane for the largest ring allowed
+    sectors, sector_size   the disk's size in 512-byte units, its sectors in bytes; 0: as the disk says
+    journal_fd      the in-flight journals' memfd, made by the control plane for the most and largest rings allowed
     options         the `vbd` table of the configuration (control/config.py: Vbd)
+    resize          set by the backend: the disk has so many sectors of 512 bytes now; HostError: it has not
     """
 
     def __init__(
@@ -152,6 +154,8 @@ class Device(AnyDevice):
         direct: bool,
         journal_fd: int,
         options: Vbd,
+        sectors: int = 0,
+        sector_size: int = 0,
         **shared: Any,
     ) -> None:
         """`shared`: what AnyDevice takes."""
@@ -164,6 +168,13 @@ class Device(AnyDevice):
         self.direct = direct
         self.journal_fd = journal_fd
         self.options = options
+        self.sectors = sectors
+        self.sector_size = sector_size
+        self.resize: Callable[[int], Awaitable[None]] = self._resize
+
+    async def _resize(self, sectors: int) -> None:
+        """Before the backend has begun: it begins with that."""
+        self.sectors = sectors
 
 
 def console_key(devid: int) -> int:

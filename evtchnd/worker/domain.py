@@ -99,6 +99,8 @@ class Worker:
                 self._answer(message.id, lambda: self._client(message, fds), fds)
             case m.Detach():
                 self._spawn(self._detach(message), message.id)
+            case m.Resize():
+                self._spawn(self._resize(message), message.id)
             case m.Count():
                 self._send(m.Counted(message.id, self._counters()))
             case _:
@@ -250,6 +252,8 @@ class Worker:
                 journal_fd=journal_fd,
                 options=domain.setup.vbd,
                 **self._shared(domain, store, attach.devid, attach.connected),
+                sectors=attach.sectors,
+                sector_size=attach.sector_size,
             )
         except BaseException:
             if uring is not None:
@@ -293,6 +297,15 @@ class Worker:
         running = self._devices.get(detach.devid)
         if running is not None:
             await running.end()
+
+    async def _resize(self, resize: m.Resize) -> None:
+        attaching = self._attaching.get(resize.devid)
+        if attaching is not None:
+            await asyncio.wait([attaching])
+        running = self._devices.get(resize.devid)
+        # else it is off; the next one that serves it gets the size with its Attach
+        if running is not None and isinstance(running.device, Device):
+            await running.device.resize(resize.sectors)
 
     def _ended(self, running: _Running) -> None:
         """The backend's coroutine is over, whoever ended it."""

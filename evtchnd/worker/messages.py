@@ -8,6 +8,7 @@
 | AttachConsole | pty, log, old log (-1: left out) | Done                                  |
 | Client        | a client's socket              | Done                                    |
 | Detach        |                                | Done, when the backend has ended        |
+| Resize        |                                | Done, when the guest has been told      |
 | Bound         | kick, notify of each port      |                                         |
 | Count         |                                | Counted                                 |
 
@@ -87,6 +88,8 @@ class Attach(Message):
     cdrom: bool
     direct: bool
     connected: dict[str, Any] | None
+    sectors: int = 0
+    sector_size: int = 0
 
 
 class AttachConsole(Message):
@@ -114,6 +117,14 @@ class Detach(Message):
 
     id: int
     devid: int
+
+
+class Resize(Message):
+    """A disk has so many sectors of 512 bytes now."""
+
+    id: int
+    devid: int
+    sectors: int
 
 
 class Bind(Message):
@@ -189,6 +200,7 @@ AnyMessage = (
     | AttachConsole
     | Client
     | Detach
+    | Resize
     | Bind
     | Bound
     | Unbind

@@ -214,10 +214,12 @@ class Transaction:
     `changes`   path -> the node as it was in `base` (None: it was not there); in the order of the first change
     `events`    path -> True: for watches of the path and above it; False: of this path only (below what was removed)
     `last`      generation of the last removal
+    `stale`     a path that cannot be committed any more: it names a domain that is gone
     `growth`    domid -> nodes it owns more (or fewer) than in `base`
+    `bytes`     what the nodes that it has written cost until its end (quota.node_size, without permissions)
     """
 
-    __slots__ = ("base", "changes", "events", "failed", "growth", "last", "touched", "tree")
+    __slots__ = ("base", "bytes", "changes", "events", "failed", "growth", "last", "stale", "touched", "tree")
 
     def __init__(self, tree: Tree, *, record: bool) -> None:
         self.base = tree
@@ -226,7 +228,9 @@ class Transaction:
         self.changes: dict[bytes, Node | None] = {}
         self.events: dict[bytes, bool] = {}
         self.growth: dict[int, int] = {}
+        self.bytes = 0
         self.last = 0
+        self.stale: bytes | None = None
         self.failed = False
 
     def touch(self, path: bytes, what: int) -> None:
@@ -242,6 +246,8 @@ class Transaction:
 
     def update(self, path: bytes, node: Node, value: bytes, perms: wire.Perms, generation: int) -> None:
         """New content for `node`, which is at `path`."""
+        if self.touched is not None:
+            self.bytes += len(value) - len(node.value) if path in self.changes else len(path) + len(value)
         self.changes.setdefault(path, node)
         if perms is not node.perms and perms[0][0] != node.owner:
             self._grow(node.owner, -1)
@@ -250,6 +256,8 @@ class Transaction:
 
     def create(self, path: bytes, value: bytes, perms: wire.Perms, generation: int) -> None:
         """A new node under a parent that exists."""
+        if self.touched is not None:
+            self.bytes += len(value) if path in self.changes else len(path) + len(value)
         self.changes.setdefault(path, None)
         self._grow(perms[0][0], 1)
         self.tree = self.tree.create(path, value, perms, generation)
@@ -260,6 +268,8 @@ class Transaction:
         doomed = list(self.tree.walk(path))
         for below, node in reversed(doomed):
             self.touch(below, ALL)
+            if self.touched is not None:
+                self.bytes += -len(node.value) if below in self.changes else len(below)
             self.changes.setdefault(below, node)
             self._grow(node.owner, -1)
             self.events.setdefault(below, False)
@@ -276,26 +286,33 @@ class Transaction:
     def _grow(self, domid: int, by: int) -> None:
         self.growth[domid] = self.growth.get(domid, 0) + by
 
-    def conflicts(self, tree: Tree) -> bool:
-        """Has something changed in `tree` that the owner relied on? Per path and part of a node: a sibling is none."""
-        if tree is self.base or self.touched is None:
-            return False
+    def forget_domain(self, domid: int) -> None:
+        """It is gone: what was written for it is not for the next domain of that number."""
+        for path in self.changes:
+            node = self.tree.get(path)
+            if node is not None and any(named == domid for named, _ in node.perms):
+                self.stale = path
+
+    def conflict(self, tree: Tree) -> bytes | None:
+        """A path that has changed in `tree` and that the owner relied on, by part of a node: a sibling is none."""
+        if self.stale is not None or tree is self.base or self.touched is None:
+            return self.stale
         for path, what in self.touched.items():
             then, now = self.base.get(path), tree.get(path)
             if then is now:
                 continue
             if then is None or now is None:
-                return True
+                return path
             if what & VALUE and then.value != now.value:
-                return True
+                return path
             if what & PERMS and then.perms != now.perms:
-                return True
+                return path
             if what & CHILDREN and then.children is not now.children:
-                return True
-        return False
+                return path
+        return None
 
     def merged(self, tree: Tree) -> Tree:
-        """`tree` with this transaction's changes; `conflicts(tree)` is False."""
+        """`tree` with this transaction's changes; `conflict(tree)` is None."""
         if tree is self.base:
             return self.tree
         final = {path: self.tree.get(path) for path in self.changes}

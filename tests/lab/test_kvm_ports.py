@@ -13,8 +13,9 @@ import pytest
 from evtchnd.abi import DOMID_SELF, Evtchnop, Virq
 from evtchnd.errors import XenError
 from evtchnd.ports import Kind, Setting
-from evtchnd.vmm import kvm_agent, physdev
+from evtchnd.vmm import kvm_agent, kvm_machine, physdev
 from evtchnd.vmm.event_bits import EventBits
+from evtchnd.vmm.kvm import XenHvm
 from evtchnd.vmm.kvm_agent import Command
 from evtchnd.vmm.kvm_ioctl import KvmError
 from evtchnd.vmm.kvm_irq import EventRoute, irqfd, set_gsi_routing
@@ -137,7 +138,23 @@ def test_a_closed_port_is_invalid(domain: Domain) -> None:
     assert (failed, exits) == (5, {"io": 1, "xen": 5})
 
 
-def test_user_mode_may_not_send(domain: Domain) -> None:
+def test_32_bit_sends_by_doorbell(other: Other, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """As where KVM knows nothing of Xen."""
+    monkeypatch.setattr(kvm_machine, "xen_capability", lambda _: XenHvm(0))
+    count = scaled(5_000)
+    with Domain(daemon, other, long_mode=False) as domain:
+        assert not domain.xen
+        port = domain.bound()
+        assert domain.sends(port, count) == (0, NONE)
+        assert os.eventfd_read(domain.kick_of(port)) == count
+        domain.quiet()
+        domain.other.write(domain.notify_fd(port))
+        domain.until(lambda: domain.upcalls() > 0)
+
+
+@pytest.mark.parametrize("mode", ["domain", "narrow"])
+def test_user_mode_may_not_send(mode: str, request: pytest.FixtureRequest) -> None:
+    domain: Domain = request.getfixturevalue(mode)
     port = domain.bound()
     before = domain.exits()
     arguments = (Xen.EVENT_CHANNEL_OP, Evtchnop.SEND, domain.scratch())
