@@ -108,7 +108,11 @@ def add_domain(server: Server, domain: Introduced) -> None:
             t.mkdir(f"{path}/cpu/{vcpu}", perms=readable)
         for name, value in nodes.items():
             t.write(f"{path}/{name}", value, perms=readable)
-        for name in ("control/shutdown", "data", "drivers", "feature", "attr", "error"):
+        # Linux says in control/feature-* what it can be told by control/shutdown
+        told = [
+            f"control/{name}" for name in ("shutdown", "sysrq", "feature-poweroff", "feature-reboot", "feature-suspend")
+        ]
+        for name in (*told, "data", "drivers", "feature", "attr", "error"):
             t.write(f"{path}/{name}", "", perms=writable)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.realguest import MIB, VCPUS, RealGuest
+from lab.realguest import MIB, VCPUS, RealGuest, until
 
 pytestmark = pytest.mark.timeout(120)
 FIO = "cd /tmp && fio --ioengine=libaio --direct=1 --norandommap --minimal"
@@ -144,26 +144,45 @@ def test_a_disk_that_grows(guest: RealGuest) -> None:
     guest.vanishes("xvde")
 
 
-def test_read_only_and_cdrom(guest: RealGuest) -> None:
+def test_read_only(guest: RealGuest) -> None:
     image = guest.disk("xvdf", 16 * MIB)
     guest.attach("xvdf", image, "access=ro")
-    guest.attach("xvdg", image, "access=ro", "devtype=cdrom")
-    assert guest.run("cat /sys/block/xvd[fg]/ro /sys/block/xvd[fg]/removable").split() == ["1", "1", "0", "1"]
+    assert guest.run("cat /sys/block/xvdf/ro") == "1"
     guest.fails("dd if=/dev/zero of=/dev/xvdf bs=4096 count=1 oflag=direct")
-    for vdev in ("xvdf", "xvdg"):
-        guest.detach(vdev)
-        guest.vanishes(vdev)
+    guest.detach("xvdf")
+    guest.vanishes("xvdf")
     assert used(image) == 0
 
 
-def test_driver_unbound_and_bound_again(guest: RealGuest) -> None:
-    """As kexec does: the frontend's state goes 5, 6, 1, and the same disk connects anew."""
-    guest.run("echo needle | dd of=/dev/xvdb bs=512 seek=200000 conv=sync oflag=direct 2>/dev/null")
-    guest.run("echo vbd-51728 >/sys/bus/xen/drivers/vbd/unbind", 30)
-    guest.vanishes("xvdb")
-    guest.run("echo vbd-51728 >/sys/bus/xen/drivers/vbd/bind", 30)
-    guest.appears("xvdb")
-    assert guest.run("dd if=/dev/xvdb bs=512 skip=200000 count=1 iflag=direct 2>/dev/null | head -c 6") == "needle"
+def test_cdrom(guest: RealGuest) -> None:
+    """Linux leaves a PV CD-ROM alone where it is no PV guest: it is offered, refused, and taken away again."""
+    image = guest.disk("xvdg", 16 * MIB)
+    guest.call("BlockAttach", disk=f"format=raw,vdev=xvdg,access=ro,devtype=cdrom,target={image}")
+    path = "/local/domain/1/device/vbd/51808"
+    assert guest.xenstore("read", f"{path}/device-type") == "cdrom"
+    guest.run("dmesg | grep -q 'vbd-51808' || sleep 1")
+    guest.fails("[ -b /dev/xvdg ]")
+    guest.detach("xvdg")
+    assert "51808" not in guest.xenstore("list", "/local/domain/1/device/vbd").split()
+
+
+def test_driver_lets_go(guest: RealGuest) -> None:
+    """The driver leaves a disk that is in nobody's use, and the host takes it away and gives it back.
+
+    Linux does not come back to the same nodes: its frontend's state stays 6.
+    """
+    image = guest.disk("xvdi", 16 * MIB)
+    guest.attach("xvdi", image)
+    guest.run("echo needle | dd of=/dev/xvdi bs=512 seek=20000 conv=sync oflag=direct 2>/dev/null")
+    guest.run("echo vbd-51840 >/sys/bus/xen/drivers/vbd/unbind", 30)
+    guest.vanishes("xvdi")
+    assert guest.xenstore("read", "/local/domain/1/device/vbd/51840/state") == "6"
+    until(lambda: guest.device("xvdi")["state"] != 4)
+    guest.detach("xvdi")
+    guest.attach("xvdi", image)
+    assert guest.run("dd if=/dev/xvdi bs=512 skip=20000 count=1 iflag=direct 2>/dev/null | head -c 6") == "needle"
+    guest.detach("xvdi")
+    guest.vanishes("xvdi")
 
 
 def test_a_disk_pulled_during_io_and_put_back(guest: RealGuest) -> None:
@@ -179,7 +198,6 @@ def test_a_disk_pulled_during_io_and_put_back(guest: RealGuest) -> None:
     guest.run(f"{FIO} --name=b --filename=/dev/xvdh --rw=randwrite --bs=4k --size=4M --iodepth=16 --verify=md5", 60)
     guest.detach("xvdh")
     guest.vanishes("xvdh")
-    # the others have been served all the while
-    assert guest.run(
-        "dd if=/dev/xvda of=/dev/null bs=1M count=4 iflag=direct && dmesg | grep -ciE 'BUG|Oops|still in use' || true"
-    ).endswith("0")
+    # the others have been served all the while, and Linux has seen nothing that should not be
+    guest.run("dd if=/dev/xvda of=/dev/null bs=1M count=4 iflag=direct 2>/dev/null")
+    assert guest.run("dmesg | grep -E 'BUG|Oops|WARNING|still in use' || true") == ""

@@ -59,6 +59,12 @@ def test_io_leaves_the_guest_by_eventfd_alone(guest: RealGuest) -> None:
     assert device["errors"] == 0
 
 
+def test_what_the_guest_can_be_told(guest: RealGuest) -> None:
+    """Linux says so at boot, in nodes that are its own."""
+    for name in ("poweroff", "reboot"):
+        assert guest.xenstore("read", f"/local/domain/1/control/feature-{name}") == "1"
+
+
 def test_reboot_by_xenstore(guest: RealGuest) -> None:
     """control/shutdown, as `xl reboot` writes it: the guest takes leave of its file system and comes up again."""
     guest.run("echo kept >/root/kept")
