@@ -287,7 +287,7 @@ def test_a_worker_with_four_queues_is_killed_under_load(tmp_path: Path) -> None:
             front.flush()
             info = daemon.call("info", 7)
             assert info["worker"]["restarts"] == 4
-            assert info["ports"] == 5
+            assert info["ports"] == 6
             assert info["devices"][0]["counters"]["queues"] == 4
             front.disconnect()
         until(lambda: daemon.call("list") == [], "the domain is still there")
@@ -312,7 +312,7 @@ def test_a_kernel_after_kexec_has_fewer_queues(daemon: DaemonProcess, tmp_path: 
         old.release()
         new = guest.connect(devid)
         assert new.read(8, 8) == path.read_bytes()[4096:8192]
-        assert daemon.call("info", 7)["ports"] == 2
+        assert daemon.call("info", 7)["ports"] == 3
         new.disconnect()
         more = guest.connect(devid, queues=2)
         assert more.queues[1].read(8, 8) == path.read_bytes()[4096:8192]

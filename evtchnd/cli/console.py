@@ -26,10 +26,10 @@ _PAUSE_S = 0.2
 def show(connect: Callable[[], Client], domid: int, devid: int) -> str:
     """Shows the console until it ends; -> why, for the operator. OperatorError: it cannot be had at all."""
     sock, first = _open(connect, domid, devid)
-    with _raw(sys.stdin.fileno()):
+    with _raw(sys.stdin.fileno()) as wake:
         while True:
             with sock:
-                if _relay(sock, first):
+                if _relay(sock, first, wake):
                     return ""
             # its worker is being replaced, or the domain has ended
             found = _again(connect, domid, devid)
@@ -62,10 +62,10 @@ def _again(connect: Callable[[], Client], domid: int, devid: int) -> tuple[socke
         time.sleep(_PAUSE_S)
 
 
-def _relay(sock: socket.socket, first: bytes) -> bool:
+def _relay(sock: socket.socket, first: bytes, wake: int) -> bool:
     """Bytes both ways. True: the operator has left; False: the other end has."""
     stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
-    sources = [sock.fileno(), stdin]
+    sources = [sock.fileno(), stdin, wake]
     _write(stdout, first)
     while True:
         ready, _, _ = select.select(sources, [], [])
@@ -100,22 +100,29 @@ def _write(fd: int, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _raw(fd: int) -> Iterator[None]:
-    """The terminal raw, and as it was afterwards, whatever ends us (but SIGKILL)."""
-    if not os.isatty(fd):
-        yield
-        return
-    before = termios.tcgetattr(fd)
+def _raw(fd: int) -> Iterator[int]:
+    """The terminal raw, and as it was afterwards, whatever ends us (but SIGKILL).
+
+    Yields a descriptor that a signal makes readable: one that comes just before a select() would not end it.
+    """
+    wake, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(waker)
     ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     handlers = {number: signal.signal(number, _leave) for number in ends}
+    before = termios.tcgetattr(fd) if os.isatty(fd) else None
     try:
-        tty.setraw(fd, termios.TCSANOW)
-        yield
+        if before is not None:
+            tty.setraw(fd, termios.TCSANOW)
+        yield wake
     finally:
-        # now: a terminal that is stopped (^S) would never drain
-        termios.tcsetattr(fd, termios.TCSANOW, before)
+        if before is not None:
+            # now: a terminal that is stopped (^S) would never drain
+            termios.tcsetattr(fd, termios.TCSANOW, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(wake)
+        os.close(waker)
 
 
 def _leave(number: int, _: FrameType | None) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import tty
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from evtchnd import protocol as p
@@ -58,6 +59,7 @@ class Console:
         self.reason = ""
         self.leaving = False
         self.opened = self.closed = False
+        self.settled = asyncio.Event()  # its backend serves it, or has given up
         self._pty: tuple[int, int] = (-1, -1)
         self._logs: tuple[int, int] = (-1, -1)
 
@@ -168,10 +170,13 @@ class Consoles:
                 await self._ports.bind(console.key, [console.page[0]])
 
     async def serve(self) -> None:
-        """After `start`: the worker serves them."""
-        if self._supervisor is not None:
-            for console in list(self.by_key.values()):
-                await self._supervisor.attach_console(console)
+        """After `start`: returns when the worker serves them, so that a guest's first words have a reader."""
+        for console in list(self.by_key.values()):
+            console.settled.clear()
+            await self._running().attach_console(console)
+            if console.page is not None:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(console.settled.wait(), self._config.limits.request_s)
 
     async def attach(self, devid: int | None) -> Console:
         """A further console, the first free number if none is said. OperatorError: there is no place for it."""

@@ -337,6 +337,7 @@ class Supervisor:
         answer = await worker.ask(id, message, fds)
         if isinstance(answer, m.Done) and answer.errno:
             console.reason = answer.reason
+            console.settled.set()
             log.error("%s: off: %s", console.name, answer.reason)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -376,12 +377,15 @@ class Supervisor:
                 disk.reason = message.reason
                 self._owner.disk_ended(disk)
             case m.Connected() if message.devid in self._owner.consoles.by_key:
-                self._owner.consoles.by_key[message.devid].connected = message.params
+                console = self._owner.consoles.by_key[message.devid]
+                console.connected = message.params
+                console.settled.set()
             case m.Ended() if message.devid in self._owner.consoles.by_key:
                 console = self._owner.consoles.by_key[message.devid]
                 worker.given.discard(console.key)
                 console.connected = None
                 console.reason = message.reason
+                console.settled.set()
                 self._owner.consoles.ended(console)
             case _:
                 log.debug("%s: %s of no device", self._name, type(message).__name__)
