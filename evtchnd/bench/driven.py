@@ -1,4 +1,4 @@
-"""A real guest whose console takes commands: a line in; its output, then a line `@@ STATUS` (tests/lab/guest/console)."""
+"""A real guest whose console takes commands: a line in; its output, then a line `@@ STATUS` (tests/lab/guest)."""
 
 from __future__ import annotations
 
