@@ -158,14 +158,18 @@ class Channel:
     @property
     def kicks(self) -> int:
         """What the kick eventfd has counted, by a read of it. Kicks fold: `wakeups` are fewer."""
-        self.count()
+        if self.count():
+            self.step()  # epoll reports what is readable when it is asked: the kick that was just read is lost to it
         return self._kicks
 
-    def count(self) -> None:
-        """Takes what the kick eventfd has counted so far."""
+    def count(self) -> int:
+        """Takes what the kick eventfd has counted: those kicks are not heard any more."""
+        count = 0
         if not self.closed:
             with suppress(BlockingIOError):
-                self._kicks += os.eventfd_read(self.kick_fd)
+                count = os.eventfd_read(self.kick_fd)
+        self._kicks += count
+        return count
 
     def kicked(self) -> Awaitable[None]:
         """Returns when there may be work: a kick, a poll that hit, `step()`. The first one waits, too.
