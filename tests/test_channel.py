@@ -677,6 +677,15 @@ async def test_a_kick_between_the_arming_and_the_hearing(
     assert late
 
 
+async def test_a_kick_that_is_counted_is_not_lost(channels: Callable[..., Channel]) -> None:
+    """Somebody asks for the counters between the guest's kick and the loop's turn."""
+    served = Served(channels())
+    for number in range(1, 20):
+        served.ring.put()
+        assert served.channel.kicks == number
+        await until(lambda number=number: served.taken == number)
+
+
 async def test_one_that_closes_another_that_was_kicked_with_it(
     channels: Callable[..., Channel], polling: Callable[..., Poller]
 ) -> None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from evtchnd.abi import PAGE_SHIFT, PAGE_SIZE
+from evtchnd.abi import PAGE_SHIFT
 from evtchnd.errors import GuestError
 from evtchnd.memory import Region, map_range
 
@@ -90,22 +90,24 @@ class Physmap:
         """GuestError where a frame is in no slot."""
         data = bytearray()
         while len(data) < size:
-            memory, at = self._byte(gpa + len(data))
-            end = min((at | PAGE_SIZE - 1) + 1, at + size - len(data))
-            data += memory.view[at:end]
+            memory, at, most = self._extent(gpa + len(data))
+            data += memory.view[at : at + min(most, size - len(data))]
         return bytes(data)
 
     def write(self, gpa: int, data: bytes | memoryview) -> None:
         """GuestError where a frame is in no slot; what is before it is done."""
         done = 0
         while done < len(data):
-            memory, at = self._byte(gpa + done)
-            end = min((at | PAGE_SIZE - 1) + 1, at + len(data) - done)
-            memory.view[at:end] = data[done : done + end - at]
-            done += end - at
+            memory, at, most = self._extent(gpa + done)
+            count = min(most, len(data) - done)
+            memory.view[at : at + count] = data[done : done + count]
+            done += count
 
-    def _byte(self, gpa: int) -> tuple[Memory, int]:
-        found = self.find(gpa >> PAGE_SHIFT)
-        if found is None:
-            raise GuestError(f"address {gpa:#x} is in no memory slot")
-        return found[0], found[1] + (gpa & PAGE_SIZE - 1)
+    def _extent(self, gpa: int) -> tuple[Memory, int, int]:
+        """The memory that an address is in, the byte in it, and how many there are up to the end of its slot."""
+        gfn = gpa >> PAGE_SHIFT
+        for slot in self.slots:
+            if slot.gfn <= gfn < slot.gfn + slot.pages:
+                start = gpa - (slot.gfn << PAGE_SHIFT)
+                return slot.memory, slot.offset + start, (slot.pages << PAGE_SHIFT) - start
+        raise GuestError(f"address {gpa:#x} is in no memory slot")
