@@ -183,3 +183,21 @@ def test_driver_lets_go(guest: RealGuest) -> None:
     assert guest.run("dd if=/dev/xvdi bs=512 skip=20000 count=1 iflag=direct 2>/dev/null | head -c 6") == "needle"
     guest.detach("xvdi")
     guest.vanishes("xvdi")
+
+
+def test_a_disk_pulled_during_io_and_put_back(guest: RealGuest) -> None:
+    image = guest.disk("xvdh", 64 * MIB)
+    guest.attach("xvdh", image)
+    job = f"{FIO} --name=p --filename=/dev/xvdh --rw=randwrite --bs=4k --iodepth=16 --time_based --runtime=300"
+    guest.run(f"({job} >/tmp/pulled 2>&1; echo $? >/tmp/pulled.status) & sleep 1")
+    guest.detach("xvdh", force=True)
+    guest.run("for i in $(seq 300); do [ -s /tmp/pulled.status ] && break; sleep 0.1; done", 60)
+    assert guest.run("cat /tmp/pulled.status") != "0"
+    guest.vanishes("xvdh")
+    guest.attach("xvdh", image)
+    guest.run(f"{FIO} --name=b --filename=/dev/xvdh --rw=randwrite --bs=4k --size=4M --iodepth=16 --verify=md5", 60)
+    guest.detach("xvdh")
+    guest.vanishes("xvdh")
+    # the others have been served all the while, and Linux has seen nothing that should not be
+    guest.run("dd if=/dev/xvda of=/dev/null bs=1M count=4 iflag=direct 2>/dev/null")
+    assert guest.run("dmesg | grep -E 'BUG|Oops|WARNING|still in use' || true") == ""
