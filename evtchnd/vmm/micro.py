@@ -258,6 +258,9 @@ def run(guest: Guest, stats: Stats, signals: Signals, *, restart: bool, console:
 def _write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     try:
+        if path.exists() and not path.is_file():  # /dev/stderr, a FIFO
+            path.write_text(text)
+            return
         part.write_text(text)
         part.replace(path)
     except OSError as error:

@@ -50,7 +50,7 @@ def test_what_the_frontend_negotiated(guest: RealGuest) -> None:
 
 @pytest.mark.parametrize("depth", [1, 32])
 def test_fio_verifies(guest: RealGuest, depth: int) -> None:
-    area = f"--filename=/dev/xvdb --offset={depth}M --size={2 if depth == 1 else 8}M --iodepth={depth}"
+    area = f"--filename=/dev/xvdb --offset={depth}M --size={min(depth, 8)}M --iodepth={depth}"
     guest.run(f"{FIO} --name=w --rw=randwrite --bs=4k --verify=md5 --verify_fatal=1 {area}", 60)
     # from the image again, not from the guest's memory
     guest.run("echo 3 >/proc/sys/vm/drop_caches")
