@@ -353,7 +353,26 @@ def test_ram_that_is_given_back_is_the_hosts(guest: Guest) -> None:
     assert reservation(guest, Xenmem.DECREASE_RESERVATION, [0x100, ABOVE, 0x101]) == 1
     assert reservation(guest, Xenmem.POPULATE_PHYSMAP, [0x100, 0x101, STORE_GFN]) == 2
     assert reservation(guest, Xenmem.DECREASE_RESERVATION, [ABOVE, 0x101], start=1) == 2
-    assert reservation(guest, Xenmem.DECREASE_RESERVATION, [0], order=60) == -errno.EINVAL
+    assert reservation(guest, Xenmem.DECREASE_RESERVATION, [0], order=10) == -errno.EINVAL
+    # all of an extent or nothing: its end is past RAM
+    guest.ram.view[RAM - PAGE_SIZE :] = b"\xaa" * PAGE_SIZE
+    assert reservation(guest, Xenmem.DECREASE_RESERVATION, [RAM // PAGE_SIZE - 1], order=1) == 0
+    assert guest.ram.view[RAM - 1] == 0xAA
+    add(guest, 0, 0, 0x107)
+    assert reservation(guest, Xenmem.DECREASE_RESERVATION, [0x100], order=3) == 0
+    assert reservation(guest, Xenmem.DECREASE_RESERVATION, [0x100, 0x108], order=2) == 2
+
+
+def test_a_long_list_is_done_in_parts(guest: Guest) -> None:
+    """Of the longest list that can be written down, whose extents are as large as they may be."""
+    arg = guest.put("QQIIH", BASE + 0x100000, (1 << 58) - 1, 9, 0, SELF)
+    guest.ram.view[0x100000:0x200000] = struct.pack("<Q", 0x400) * (MiB // 8)  # that frame, again and again
+    for op in (Xenmem.POPULATE_PHYSMAP, Xenmem.DECREASE_RESERVATION):
+        done = guest.call(Number.MEMORY_OP, op, arg)
+        assert 512 <= done < 10000
+        assert guest.call(Number.MEMORY_OP, op | done << 6, arg) == 2 * done
+    arg = guest.put("HHHHQQQ", SELF, 1, 0xFFFF, 0, BASE + 0x9000, BASE + 0x9000, BASE + 0x9000)
+    assert guest.call(Number.MEMORY_OP, Xenmem.ADD_TO_PHYSMAP_BATCH, arg) == -errno.E2BIG
 
 
 def test_how_much_memory_there_is(guest: Guest) -> None:
