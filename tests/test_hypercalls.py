@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 import struct
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from evtchnd.abi import PAGE_SIZE, Evtchnop, Evtchnstat
+from evtchnd.errors import VmmError
+from evtchnd.protocol import ALL_PORTS
 from evtchnd.vmm import grant_table_op, guest_pointer, hvm_op, hypercalls, memory_op, pvh, vcpu_op, xen_version
 from evtchnd.vmm.channels import Channels
 from evtchnd.vmm.grant_table_op import Gnttabop, GrantFrames, GrantTableOp
@@ -299,6 +304,41 @@ def test_a_grant_frame_over_ram_takes_its_entries_along(guest: Guest) -> None:
     assert guest.frames.entry(10) == (5, 1, 0x99)
 
 
+def test_a_frame_that_moves_holds_nobody_up(guest: Guest) -> None:
+    """The daemon is told of it under a lock that a soft reset takes before the table's."""
+    placed: list[tuple[int, int] | None] = []
+
+    def moved(index: int) -> None:
+        found: list[tuple[int, int]] = []
+        other = threading.Thread(target=lambda: found.append(guest.frames.place(index)), daemon=True)
+        other.start()
+        other.join(5)
+        placed.append(found[0] if found else None)
+
+    guest.frames._moved = moved
+    assert add(guest, 1, 0, 0x20) == 0
+    assert remove(guest, 0x20) == 0
+    assert placed == [(guest.ram.fd, 0x20000), (guest.grants.fd, 0)]
+
+
+def test_a_frame_that_the_daemon_refuses_is_where_it_was(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    refused = [VmmError("grant frame 0: no", errno.ENOSPC)]
+
+    def moved(index: int) -> None:
+        guest.told.moved.append(index)
+        if refused:
+            raise refused.pop()
+
+    guest.frames._moved = moved
+    assert add(guest, 1, 0, ABOVE) == 0
+    assert add(guest, 1, 0, 0x20) == -errno.ENOSPC
+    assert guest.told.moved == [0, 0]
+    assert guest.frames.place(0) == (guest.grants.fd, 0)
+    assert guest.told.slots[2] == (ABOVE * PAGE_SIZE, PAGE_SIZE)
+    assert guest.frames.entry(1) == (1, 0, STORE_GFN)
+    assert caplog.messages == ["domain 1 (g1): memory_op.add_to_physmap: grant frame 0: no"]
+
+
 @pytest.mark.parametrize(
     ("space", "index", "gfn", "error"),
     [
@@ -559,6 +599,28 @@ def test_event_channels_by_pointer(guest: Guest) -> None:
     assert call(Evtchnop.STATUS, "H2xIII8x", SELF, 1, 0, 0)[:4] == (0, SELF, 1, Evtchnstat.UNBOUND)
     assert call(Evtchnop.CLOSE, "I", 9) == (-errno.EINVAL, 9)
     assert guest.calls.counts["event_channel_op.send"] == 1
+
+
+def test_what_the_kernel_refuses_of_a_call_leaves_the_rest(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed: list[int] = []
+    guest.channels.client = SimpleNamespace(port_closed=closed.append)  # type: ignore[assignment]
+
+    def refused(*_: int) -> None:
+        raise OSError(errno.EINVAL, "no vcpu_info")
+
+    for port in (1, 2):
+        if port == 2:
+            guest.channels.ports.reserve(2)
+        (notify,) = guest.channels.bind([(port, os.eventfd(0))])
+        assert notify >= 0
+    for name in ("clear", "raise_event"):
+        monkeypatch.setattr(guest.channels.kernel, name, refused)
+    assert guest.call(Number.EVENT_CHANNEL_OP, Evtchnop.RESET, guest.put("H", SELF)) == 0
+    assert closed == [ALL_PORTS]
+    assert caplog.messages[0] == "domain 1: port 1: clear: no vcpu_info"
+    assert guest.call(Number.EVENT_CHANNEL_OP, Evtchnop.BIND_IPI, guest.put("II", 0, 0)) == 0
 
 
 def test_shutting_down(guest: Guest) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 
 from evtchnd.abi import Evtchnop
-from evtchnd.errors import GuestError, HostError
+from evtchnd.errors import GuestError, HostError, VmmError
 from evtchnd.vmm import physdev
 from evtchnd.vmm.channels import Channels
 from evtchnd.vmm.grant_table_op import Gnttabop, GrantTableOp
@@ -207,6 +207,9 @@ class Hypercalls:
         except GuestError as error:
             self._say(name, f"bad pointer: {error}")
             return -errno.EFAULT
+        except VmmError as error:  # the daemon says no
+            self._say(name, str(error))
+            return -error.errno
         except HostError as error:
             self._say(name, str(error))
             return -errno.ENOMEM

@@ -26,7 +26,7 @@ from evtchnd.errors import EvtchndError, HostError
 from evtchnd.protocol import Feature
 from evtchnd.vmm import cpuid, legacy_ports, pvh
 from evtchnd.vmm.channels import Channels
-from evtchnd.vmm.client import Client, GrantFrame, MemorySlot
+from evtchnd.vmm.client import Client, Disconnected, GrantFrame, MemorySlot, Refused
 from evtchnd.vmm.daemon_link import DaemonLink
 from evtchnd.vmm.elf import Image
 from evtchnd.vmm.event_bits import EventBits
@@ -328,8 +328,13 @@ class MicroVm:
             client = self.channels.client
             if client is None or client.lost:
                 return  # RESUME tells where it is
-            client.grant_frame_remove(index)
-            client.grant_frame_add(GrantFrame(index, *self._frames.place(index)))
+            try:
+                with contextlib.suppress(Refused):  # not there: an earlier one was refused
+                    client.grant_frame_remove(index)
+                client.grant_frame_add(GrantFrame(index, *self._frames.place(index)))
+            except Disconnected:
+                if not client.lost:
+                    raise  # it does not answer
 
     # ---- the daemon --------------------------------------------------------------------------------------------
 
