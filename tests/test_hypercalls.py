@@ -192,6 +192,17 @@ def test_unknown_ones_are_counted_by_name_and_said_once(guest: Guest, caplog: py
     ]
 
 
+def test_a_guest_that_tries_every_number_costs_little(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    for n in range(5000):
+        assert guest.call(1000 + n) == -errno.ENOSYS
+        assert guest.call(Number.HVM_OP, 1000 + n) == -errno.ENOSYS
+    assert guest.call(Number.XEN_VERSION, Xenver.VERSION) == 0x40011
+    assert len(guest.calls.counts) == 257
+    assert guest.calls.counts.total() == 10001
+    assert len(caplog.messages) == 257
+    assert caplog.messages[-1] == "domain 1 (g1): others: is not there (ENOSYS)"
+
+
 def test_user_mode_may_not(guest: Guest) -> None:
     assert guest.call(Number.XEN_VERSION, Xenver.PAGESIZE) == 4096
     assert guest.call(Number.XEN_VERSION, Xenver.PAGESIZE, cpl=3) == -errno.EPERM

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 
@@ -33,6 +31,7 @@ from evtchnd.vmm.guest_pointer import Layout, Pointers
 from evtchnd.vmm.hvm_op import HvmOp, Hvmop
 from evtchnd.vmm.hypercall import CALLS
 from evtchnd.vmm.memory_op import OPERATION_MASK, MemoryOp, Xenmem
+from evtchnd.vmm.tally import OTHERS, Tally
 from evtchnd.vmm.vcpu_op import VcpuOp, Vcpuop
 from evtchnd.vmm.xen_version import Xenver, xen_version
 
@@ -174,8 +173,8 @@ class Hypercalls:
         self._handle = handle
         self._pirqs = physdev.Pirqs()
         self._said: set[str] = set()
-        self._counting = threading.Lock()
-        self.counts: Counter[str] = Counter()
+        self._calls = Tally()
+        self.counts = self._calls.counts
         self._ops: Mapping[int, Op] = {
             Number.EVENT_CHANNEL_OP: lambda guest, p: self._event_channel_op(guest, p[0], p[1]),
             Number.MEMORY_OP: lambda guest, p: self._memory.call(guest, p[0], p[1]),
@@ -193,9 +192,7 @@ class Hypercalls:
 
     def answer(self, guest: Pointers, number: int, params: tuple[int, ...], cpl: int) -> int:
         """What the guest gets back: a result, or a negated error number. Never raises what a guest can cause."""
-        name = name_of(number, params)
-        with self._counting:
-            self.counts[name] += 1
+        name = self._calls.count(name_of(number, params))
         if cpl:
             return -errno.EPERM
         op = self._ops.get(number)
@@ -216,12 +213,12 @@ class Hypercalls:
         except OSError as error:
             self._say(name, error.strerror or str(error))
             return -(error.errno or errno.EINVAL)
-        if result == -errno.ENOSYS and name.rpartition(".")[2].isdigit():
+        if result == -errno.ENOSYS and (name == OTHERS or name.rpartition(".")[2].isdigit()):
             self._say(name, "is not there (ENOSYS)")
         return result
 
     def _say(self, name: str, reason: str) -> None:
-        """Once a hypercall: a guest can repeat it for ever."""
+        """Once a name that it is counted by: a guest can repeat it for ever."""
         if name not in self._said:
             self._said.add(name)
             log.warning("%s: %s: %s", self._name, name, reason)

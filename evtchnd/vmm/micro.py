@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from evtchnd.vmm.client import Refused
 from evtchnd.vmm.hypercalls import Shutdown
 from evtchnd.vmm.microvm import MAX_VCPUS, Disk, Ended, Guest, MicroVm
 from evtchnd.vmm.pvh import Module
+from evtchnd.vmm.tally import Tally
 
 log = logging.getLogger("evtchnd-micro")
 
@@ -54,7 +54,7 @@ class Stats:
         self._guest = guest
         self._began = time.monotonic()
         self._boots = 0
-        self._past: dict[str, Counter[str]] = {"exits": Counter(), "hypercalls": Counter(), "accesses": Counter()}
+        self._past = {name: Tally() for name in ("exits", "hypercalls", "accesses")}
         self._vm: MicroVm | None = None
 
     def follow(self, vm: MicroVm | None) -> None:
@@ -63,12 +63,17 @@ class Stats:
         self._vm = vm
         self._boots += vm is not None
 
-    def _counts(self) -> dict[str, Counter[str]]:
+    def _counts(self) -> dict[str, Tally]:
+        """Of all runs together: names are bounded over a guest that reboots for ever, too."""
         if self._vm is None:
             return self._past
         vm = self._vm
         now = {"exits": vm.exits(), "hypercalls": vm.hypercalls.counts, "accesses": vm.accesses.counts}
-        return {name: past + now[name] for name, past in self._past.items()}
+        together = {name: Tally() for name in now}
+        for name, tally in together.items():
+            tally.add(self._past[name].counts)
+            tally.add(now[name].copy())
+        return together
 
     def json(self, ended: Ended | None) -> str:
         told = {
@@ -77,15 +82,15 @@ class Stats:
             "seconds": round(time.monotonic() - self._began, 3),
             "boots": self._boots,
             "ended": ended and ended.reason.name.lower(),
-            **{name: dict(counts.most_common()) for name, counts in self._counts().items()},
+            **{name: dict(tally.counts.most_common()) for name, tally in self._counts().items()},
         }
         return json.dumps(told, indent=1) + "\n"
 
     def table(self) -> str:
         lines = []
-        for name, counts in self._counts().items():
-            lines.append(f"{name}: {sum(counts.values())}")
-            lines += [f"{count:10} {what}" for what, count in counts.most_common()]
+        for name, tally in self._counts().items():
+            lines.append(f"{name}: {tally.counts.total()}")
+            lines += [f"{count:10} {what}" for what, count in tally.counts.most_common()]
         return "\n".join(lines)
 
 

@@ -39,6 +39,7 @@ from evtchnd.vmm.kvm_kernel import KvmKernel
 from evtchnd.vmm.kvm_machine import Exit, Hypercall, Io, Machine, Mmio, Vcpu
 from evtchnd.vmm.memory_op import MemoryOp
 from evtchnd.vmm.physmap import Memory, Physmap
+from evtchnd.vmm.tally import Tally
 from evtchnd.vmm.vcpu_op import VcpuOp
 from evtchnd.vmm.xen_version import VERSION
 
@@ -100,7 +101,7 @@ class MicroVm:
 
     def __init__(self, guest: Guest, write: Callable[[bytes], None]) -> None:
         self.guest = guest
-        self.accesses = legacy_ports.Accesses()
+        self.accesses = Tally()
         self._over = threading.Event()
         self._ended: Ended | None = None
         self._threads: list[threading.Thread] = []
@@ -247,7 +248,7 @@ class MicroVm:
                 pointers = Pointers(self.physmap, vcpu.translate, vcpu=vcpu.number, long_mode=long_mode)
                 vcpu.answer(self.hypercalls.answer(pointers, number, params, cpl))
             case Io() | Mmio():
-                self.accesses.count(stop)
+                self.accesses.count(legacy_ports.name_of(stop))
                 if stop.read:
                     vcpu.answer_read(stop, legacy_ports.read(stop))
                 elif isinstance(stop, Io) and (asked := legacy_ports.write(stop)):
