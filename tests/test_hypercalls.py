@@ -27,7 +27,7 @@ from evtchnd.vmm.channels import Channels
 from evtchnd.vmm.grant_table_op import Gnttabop, GrantFrames, GrantTableOp
 from evtchnd.vmm.guest_pointer import Layout, Pointers
 from evtchnd.vmm.hvm_op import HvmOp, Hvmop, HvmParam
-from evtchnd.vmm.hypercalls import Hypercalls, Number, Schedop
+from evtchnd.vmm.hypercalls import Hypercalls, Number, Schedop, Shutdown
 from evtchnd.vmm.kvm import RunstateTimes
 from evtchnd.vmm.memory_op import MemoryOp, Xenmem
 from evtchnd.vmm.physmap import Memory, Physmap
@@ -644,6 +644,22 @@ def test_shutting_down(guest: Guest) -> None:
     assert guest.call(Number.SCHED_OP, Schedop.POLL, ARG) == 0
     assert guest.call(Number.SCHED_OP, Schedop.WATCHDOG, ARG) == -errno.ENOSYS
     assert guest.told.ended == [0, 1, 3, 5]
+
+
+def test_a_shutdown_code_is_the_reason_of_what_follows(guest: Guest) -> None:
+    def call(op: Schedop, reason: int) -> int:
+        return guest.call(Number.SCHED_OP, op, guest.put("I", reason))
+
+    assert guest.calls.reason(Shutdown.REBOOT) is Shutdown.REBOOT
+    assert call(Schedop.SHUTDOWN_CODE, 9) == -errno.EINVAL
+    assert call(Schedop.SHUTDOWN_CODE, Shutdown.CRASH) == 0
+    assert call(Schedop.SHUTDOWN_CODE, Shutdown.POWEROFF) == 0  # the first stays
+    assert guest.calls.reason(Shutdown.REBOOT) is Shutdown.CRASH
+    assert call(Schedop.SHUTDOWN, Shutdown.REBOOT) == 0
+    assert guest.told.ended == [Shutdown.CRASH]
+    assert call(Schedop.SHUTDOWN, Shutdown.SUSPEND) == 0  # it has gone on
+    assert guest.told.ended == [Shutdown.CRASH, Shutdown.SUSPEND]
+    assert guest.call(Number.SCHED_OP, Schedop.SHUTDOWN_CODE, 0) == -errno.EFAULT
 
 
 def test_what_the_guest_says(guest: Guest) -> None:

@@ -172,6 +172,7 @@ class Hypercalls:
         self._ended, self._write, self._runstate_flag = ended, write, runstate_flag
         self._handle = handle
         self._pirqs = physdev.Pirqs()
+        self._code: Shutdown | None = None
         self._said: set[str] = set()
         self._calls = Tally()
         self.counts = self._calls.counts
@@ -248,15 +249,29 @@ class Hypercalls:
                 # Of a 32-bit guest, or before it has event channels: a wake-up for no reason is allowed.
                 time.sleep(_NAP_S)
                 return 0
-            case Schedop.SHUTDOWN:
+            case Schedop.SHUTDOWN | Schedop.SHUTDOWN_CODE:
                 (reason,) = guest.take(_SHUTDOWN, arg)
-                return self._ended(reason) if reason <= Shutdown.SOFT_RESET else -errno.EINVAL
+                if reason > Shutdown.SOFT_RESET:
+                    return -errno.EINVAL
+                if op == Schedop.SHUTDOWN:
+                    return self._shut_down(self.reason(reason))
+                if self._code is None:
+                    self._code = Shutdown(reason)
+                return 0
             case Schedop.REMOTE_SHUTDOWN:
                 dom, _ = guest.take(_REMOTE_SHUTDOWN, arg)
                 return -errno.EPERM if dom != self._channels.domid else -errno.EINVAL
-            case Schedop.SHUTDOWN_CODE:
-                return 0  # it names the reason of a shutdown that follows by other means
         return -errno.ENOSYS
+
+    def reason(self, reason: int) -> Shutdown:
+        """Why the guest ends that shuts down for `reason`: what it has announced by SHUTDOWN_CODE comes first, the
+        first of them, as in Xen."""
+        return Shutdown(reason) if self._code is None else self._code
+
+    def _shut_down(self, reason: Shutdown) -> int:
+        result = self._ended(reason)
+        self._code = None  # where the guest goes on: suspended, reset
+        return result
 
     def _set_timer_op(self, guest: Pointers, params: tuple[int, ...]) -> int:
         expires = params[0] if guest.long_mode else params[0] & 0xFFFFFFFF | (params[1] & 0xFFFFFFFF) << 32

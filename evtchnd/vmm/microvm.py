@@ -252,7 +252,7 @@ class MicroVm:
                 if stop.read:
                     vcpu.answer_read(stop, legacy_ports.read(stop))
                 elif isinstance(stop, Io) and (asked := legacy_ports.write(stop)):
-                    self.end(asked[0], f"by {asked[1]}")
+                    self._ends(asked[0], f"by {asked[1]}")
             case _ if stop.reason == "kicked":
                 pass
             case _ if stop.reason == "shutdown":
@@ -260,10 +260,15 @@ class MicroVm:
                 # toolstack says nothing else; but a guest that has not come as far as to hear of events would do it
                 # again and again.
                 up = self._hvm_op.params.get(HvmParam.CALLBACK_IRQ)
-                reason = Shutdown.REBOOT if up else Shutdown.CRASH
-                self.end(reason, f"vCPU {vcpu.number}: triple fault")
+                self._ends(Shutdown.REBOOT if up else Shutdown.CRASH, f"vCPU {vcpu.number}: triple fault")
             case _:
                 self.end(Shutdown.CRASH, f"vCPU {vcpu.number}: KVM gave up: {stop.reason} ({vcpu.registers()})")
+
+    def _ends(self, reason: Shutdown, text: str) -> None:
+        """By other means than SCHEDOP_shutdown, for which the guest may have left another reason."""
+        announced = self.hypercalls.reason(reason)
+        # the vCPU has nothing that it could go on with
+        self.end(reason if announced in (Shutdown.SUSPEND, Shutdown.SOFT_RESET) else announced, text)
 
     def _shut_down(self, reason: int) -> int:
         """SCHEDOP_shutdown."""
