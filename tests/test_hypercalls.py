@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import shutil
 import struct
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from evtchnd.vmm.hvm_op import HvmOp, Hvmop, HvmParam
 from evtchnd.vmm.hypercalls import Hypercalls, Number, Schedop, Shutdown
 from evtchnd.vmm.kvm import RunstateTimes
 from evtchnd.vmm.memory_op import MemoryOp, Xenmem
+from evtchnd.vmm.periodic_timers import PeriodicTimers
 from evtchnd.vmm.physmap import Memory, Physmap
 from evtchnd.vmm.shared_info import SharedInfo
 from evtchnd.vmm.soft_kernel import SoftKernel
@@ -82,6 +85,8 @@ class Told:
     vectors: list[tuple[int, ...]] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     flags: list[bool] = field(default_factory=list)
+    nmis: list[int] = field(default_factory=list)
+    periods: list[tuple[int, int]] = field(default_factory=list)
     text: bytes = b""
 
 
@@ -127,7 +132,13 @@ class Guest:
                 lambda vector: told.vectors.append((vector,)),
                 lambda vcpu, vector: told.vectors.append((vcpu, vector)),
             ),
-            VcpuOp(self.vcpus, lambda vcpu, gpa: told.registered.append((vcpu, gpa)), lambda vcpu: vcpu == 0),
+            VcpuOp(
+                self.vcpus,
+                lambda vcpu, gpa: told.registered.append((vcpu, gpa)),
+                lambda vcpu: vcpu == 0,
+                nmi=told.nmis.append,
+                periodic=lambda vcpu, period: told.periods.append((vcpu, period)),
+            ),
             ended=self._ended,
             write=self._write,
             runstate_flag=told.flags.append,
@@ -570,7 +581,45 @@ def test_a_vcpus_places(guest: Guest) -> None:
     assert call(Vcpuop.IS_UP, 1) == 0
     assert call(Vcpuop.GET_RUNSTATE_INFO, 0) == 0
     assert guest.get("i4x5Q") == (0, 1000, 600, 100, 300, 0)
-    assert call(Vcpuop.INITIALISE, 1) == -errno.ENOSYS
+
+
+def test_a_vcpus_start_its_ticks_and_its_nmi(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    def call(op: Vcpuop, vcpu: int, arg: int = 0) -> int:
+        return guest.call(Number.VCPU_OP, op, vcpu, arg)
+
+    # vCPU 0 is up
+    assert [call(Vcpuop.INITIALISE, n, ARG) for n in (0, 1, 2)] == [-errno.EEXIST, -errno.ENOSYS, -errno.ENOENT]
+    assert [call(Vcpuop.UP, n) for n in (0, 1)] == [0, -errno.EINVAL]
+    assert [call(Vcpuop.DOWN, n) for n in (0, 1)] == [-errno.ENOSYS] * 2
+    for period, result in ((999_999, -errno.EINVAL), (10_000_000, 0), (1 << 62, -errno.EINVAL)):
+        assert call(Vcpuop.SET_PERIODIC_TIMER, 1, guest.put("Q", period)) == result
+    assert call(Vcpuop.STOP_PERIODIC_TIMER, 1) == 0
+    assert guest.told.periods == [(1, 10_000_000), (1, 0)]
+    assert call(Vcpuop.SEND_NMI, 1) == 0
+    assert call(Vcpuop.SEND_NMI, 1, ARG) == -errno.EINVAL
+    assert guest.told.nmis == [1]
+    assert call(Vcpuop.GET_PHYSID, 0, ARG) == -errno.EINVAL
+    assert not caplog.messages
+
+
+def test_ticks_come_until_they_are_stopped() -> None:
+    ticks: queue.Queue[int] = queue.Queue()
+    timers = PeriodicTimers(ticks.put, "g1")
+    try:
+        timers.set(0, 1_000_000)
+        timers.set(1, 1_000_000)
+        seen = Counter(ticks.get(timeout=10) for _ in range(20))
+        assert seen[0] >= 2
+        assert seen[1] >= 2
+        timers.set(0, 0)
+        timers.set(0, 3600 * 10**9)
+        while not ticks.empty():
+            ticks.get()
+        assert {ticks.get(timeout=10) for _ in range(10)} == {1}
+    finally:
+        timers.close()
+    assert timers._thread is not None
+    assert not timers._thread.is_alive()
 
 
 def test_a_timer_is_kvms_once_the_guest_hears_it(guest: Guest) -> None:
@@ -705,6 +754,7 @@ STRUCTS: list[tuple[str, Layout]] = [
     ("struct xen_hvm_evtchn_upcall_vector", hvm_op._UPCALL_VECTOR),
     ("struct vcpu_register_vcpu_info", vcpu_op._REGISTER_INFO),
     ("struct vcpu_set_singleshot_timer", vcpu_op._SINGLESHOT),
+    ("struct vcpu_set_periodic_timer", vcpu_op._PERIODIC),
     ("struct vcpu_runstate_info", vcpu_op._RUNSTATE),
     ("struct sched_shutdown", hypercalls._SHUTDOWN),
     ("struct sched_remote_shutdown", hypercalls._REMOTE_SHUTDOWN),

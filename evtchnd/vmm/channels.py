@@ -106,6 +106,12 @@ class Channels:
             self._tell(closed)
         return result
 
+    def raise_virq(self, virq: int, vcpu: int) -> None:
+        """A virtual interrupt, where the guest has bound it."""
+        with self.lock:
+            self.ports.raise_virq(virq, vcpu)
+            self.happen()
+
     def apply(self) -> None:
         """The kernel gets what the table says. With `lock`."""
         table = self.ports.table()

@@ -150,7 +150,7 @@ def name_of(number: int, params: tuple[int, ...]) -> str:
 class Hypercalls:
     """One domain's. `ended(reason)`: the guest has shut down; `write(text)`: what it says by console_io.
 
-    `runstate_flag(on)`: KVM's. Calls come from the vCPUs' threads.
+    `runstate_flag(on)`: KVM's. `over()`: the guest runs no further. Calls come from the vCPUs' threads.
     """
 
     def __init__(
@@ -165,12 +165,13 @@ class Hypercalls:
         ended: Callable[[int], int],
         write: Callable[[bytes], None],
         runstate_flag: Callable[[bool], None],
+        over: Callable[[], bool] = lambda: False,
         handle: bytes = bytes(16),
     ) -> None:
         self._name, self._channels = name, channels
         self._memory, self._grants, self._hvm, self._vcpu = memory, grants, hvm, vcpu
         self._ended, self._write, self._runstate_flag = ended, write, runstate_flag
-        self._handle = handle
+        self._over, self._handle = over, handle
         self._pirqs = physdev.Pirqs()
         self._code: Shutdown | None = None
         self._said: set[str] = set()
@@ -302,6 +303,8 @@ class Hypercalls:
             return -errno.EINVAL
         size = _MULTICALL.of(guest.long_mode).size
         for at in range(calls, calls + count * size, size):
+            if self._over():  # a list can be long work
+                break
             number, _, *params = guest.take(_MULTICALL, at)
             nested = number == Number.MULTICALL
             result = -errno.EINVAL if nested else self.answer(guest, number, tuple(params), 0)

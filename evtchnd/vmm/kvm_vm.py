@@ -80,13 +80,13 @@ class _Runner:
 
     def _run(self) -> None:
         try:
-            self.vcpu.enter()
-            while not self.leaving:
-                stop = self.vcpu.run()
-                if not (isinstance(stop, Stop) and stop.reason == "kicked"):
-                    self._vmm.exited(self, stop)
-                while self.tasks:
-                    self.tasks.popleft()()
+            with self.vcpu.entered():
+                while not self.leaving:
+                    stop = self.vcpu.run()
+                    if not (isinstance(stop, Stop) and stop.reason == "kicked"):
+                        self._vmm.exited(self, stop)
+                    while self.tasks:
+                        self.tasks.popleft()()
         except Exception as error:
             self.failed = self.failed or str(error)
             log.exception("%s: vCPU %d has stopped", self._vmm.name, self.vcpu.number)

@@ -1,6 +1,19 @@
 """HYPERVISOR_vcpu_op, and HYPERVISOR_set_timer_op where the kernel leaves them to the VMM.
 
-Source: xen/include/public/vcpu.h; xen/common/domain.c.
+    operation                                 answer, as Xen has it for an HVM guest
+    ----------------------------------------  ---------------------------------------------------------------------
+    initialise, up, down                      a vCPU is started by INIT and SIPI to its local APIC, as Linux, FreeBSD
+                                              and OVMF do it: EEXIST, 0 for one that is up; EINVAL to bring up another;
+                                              not there (ENOSYS): to start or stop one by these calls
+    is_up                                     1 or 0
+    get_runstate_info, register_runstate,     KVM's
+    register_time, register_info
+    set_periodic_timer, stop_periodic_timer   the VMM's (`periodic_timers`)
+    set_singleshot_timer, stop_...            KVM's; only a vCPU's own
+    send_nmi                                  KVM's
+    get_physid                                EINVAL: only a vCPU of dom0 that is pinned has one
+
+Source: xen/include/public/vcpu.h; xen/common/domain.c, xen/arch/x86/domain.c.
 """
 
 from __future__ import annotations
@@ -39,6 +52,8 @@ _SINGLESHOT = Layout("QI4x", "QI")  # timeout_abs_ns, flags
 _RUNSTATE = Layout("i4xQ4Q", "iQ4Q")  # state, state_entry_time, time[4]
 _TIME_INFO_SIZE = 32
 _SSHOTTMR_FUTURE = 1
+_PERIODIC = Layout("Q")  # period_ns
+_SHORTEST_NS, _LONGEST_NS = 1_000_000, (1 << 62) - 1  # STIME_DELTA_MAX
 
 
 class VcpuCalls(Protocol):
@@ -54,13 +69,21 @@ class VcpuCalls(Protocol):
 class VcpuOp:
     """The calls of one domain. `call` raises GuestError for bad pointers, OSError where KVM refuses.
 
-    `register(vcpu, gpa)`: its vcpu_info lies there from now on; `is_up(vcpu)`: it has been started.
+    `register(vcpu, gpa)`: its vcpu_info lies there from now on; `is_up(vcpu)`: it has been started; `nmi(vcpu)` sends
+    it one; `periodic(vcpu, period_ns)`: VIRQ_TIMER so often, 0: not.
     """
 
     def __init__(
-        self, vcpus: Sequence[VcpuCalls], register: Callable[[int, int], None], is_up: Callable[[int], bool]
+        self,
+        vcpus: Sequence[VcpuCalls],
+        register: Callable[[int, int], None],
+        is_up: Callable[[int], bool],
+        *,
+        nmi: Callable[[int], None],
+        periodic: Callable[[int, int], None],
     ) -> None:
         self._vcpus, self._register, self._is_up = vcpus, register, is_up
+        self._nmi, self._periodic = nmi, periodic
         self.registered: set[int] = set()
 
     def reset(self) -> None:
@@ -73,6 +96,10 @@ class VcpuOp:
             return -errno.ENOENT
         vcpu = self._vcpus[number]
         match op:
+            case Vcpuop.INITIALISE:
+                return -errno.EEXIST if self._is_up(number) else -errno.ENOSYS
+            case Vcpuop.UP:
+                return 0 if self._is_up(number) else -errno.EINVAL
             case Vcpuop.IS_UP:
                 return int(self._is_up(number))
             case Vcpuop.GET_RUNSTATE_INFO:
@@ -88,8 +115,22 @@ class VcpuOp:
                 return 0
             case Vcpuop.REGISTER_VCPU_INFO:
                 return self._register_info(guest, number, *guest.take(_REGISTER_INFO, arg))
+            case Vcpuop.SET_PERIODIC_TIMER:
+                (period,) = guest.take(_PERIODIC, arg)
+                if not _SHORTEST_NS <= period <= _LONGEST_NS:
+                    return -errno.EINVAL
+                self._periodic(number, period)
+                return 0
             case Vcpuop.STOP_PERIODIC_TIMER:
-                return 0  # none is ever set
+                self._periodic(number, 0)
+                return 0
+            case Vcpuop.SEND_NMI:
+                if arg:
+                    return -errno.EINVAL
+                self._nmi(number)
+                return 0
+            case Vcpuop.GET_PHYSID:
+                return -errno.EINVAL
             case Vcpuop.SET_SINGLESHOT_TIMER | Vcpuop.STOP_SINGLESHOT_TIMER:
                 if number != guest.vcpu:
                     return -errno.EINVAL
