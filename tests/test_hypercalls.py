@@ -24,7 +24,7 @@ import pytest
 from evtchnd.abi import PAGE_SIZE, Evtchnop, Evtchnstat
 from evtchnd.errors import VmmError
 from evtchnd.protocol import ALL_PORTS
-from evtchnd.vmm import grant_table_op, guest_pointer, hvm_op, hypercalls, memory_op, pvh, vcpu_op, xen_version
+from evtchnd.vmm import grant_table_op, guest_pointer, hvm_op, hypercalls, memory_op, physdev, pvh, vcpu_op, xen_version
 from evtchnd.vmm.channels import Channels
 from evtchnd.vmm.grant_table_op import Gnttabop, GrantFrames, GrantTableOp
 from evtchnd.vmm.guest_pointer import Layout, Pointers
@@ -732,6 +732,11 @@ def test_pirqs(guest: Guest) -> None:
     assert guest.call(Number.PHYSDEV_OP, 23, guest.put("iI", 1, 0)) == 0  # get_free_pirq
     assert guest.get("iI") == (1, 16)
     assert guest.call(Number.PHYSDEV_OP, 12, ARG) == -errno.ENOSYS
+    for wide, form in ((True, "H2x6i4xQ"), (False, "H2x6iQ")):
+        last = BASE + RAM - struct.calcsize("<" + form)  # nothing behind it is read or written
+        guest.put(form, SELF, 0, -1, -1, 0, 8, 3, 0xFEE00000, at=last)
+        assert guest.call(Number.PHYSDEV_OP, 13, last, long_mode=wide) == 0  # map_pirq
+        assert guest.get(form, last) == (SELF, 0, -1, 17 + (not wide), 0, 8, 3, 0xFEE00000)
 
 
 # ---- layouts -----------------------------------------------------------------------------------------------------
@@ -756,6 +761,9 @@ STRUCTS: list[tuple[str, Layout]] = [
     ("struct vcpu_set_singleshot_timer", vcpu_op._SINGLESHOT),
     ("struct vcpu_set_periodic_timer", vcpu_op._PERIODIC),
     ("struct vcpu_runstate_info", vcpu_op._RUNSTATE),
+    ("struct physdev_map_pirq", physdev._MAP),
+    ("struct physdev_unmap_pirq", physdev._UNMAP),
+    ("struct physdev_get_free_pirq", physdev._FREE),
     ("struct sched_shutdown", hypercalls._SHUTDOWN),
     ("struct sched_remote_shutdown", hypercalls._REMOTE_SHUTDOWN),
     ("struct multicall_entry", hypercalls._MULTICALL),
@@ -777,6 +785,8 @@ OFFSETS = [
     ("struct xen_hvm_param", "value", 8, 8),
     ("struct vcpu_register_vcpu_info", "offset", 8, 8),
     ("struct vcpu_runstate_info", "state_entry_time", 8, 4),
+    ("struct physdev_map_pirq", "entry_nr", 24, 24),
+    ("struct physdev_map_pirq", "table_base", 32, 28),
     ("struct multicall_entry", "args", 16, 8),
 ]
 
@@ -786,7 +796,7 @@ def test_layouts_are_those_of_xens_headers(bits: int, tmp_path: Path) -> None:
     if not shutil.which("gcc") or not Path("/usr/include/xen/memory.h").exists():
         pytest.skip("no gcc or no libxen-dev")
     wide = bits == 64
-    headers = ["xen", "version", "memory", "grant_table", "vcpu", "sched", "hvm/hvm_op", "hvm/params"]
+    headers = ["xen", "version", "memory", "grant_table", "vcpu", "sched", "physdev", "hvm/hvm_op", "hvm/params"]
     lines = ["#define __XEN_INTERFACE_VERSION__ 0x00040e00", "#include <stdint.h>", "#include <stddef.h>"]
     lines += [f"#include <xen/{header}.h>" for header in headers]
     sizes = {name: layout.of(wide).size for name, layout in STRUCTS}

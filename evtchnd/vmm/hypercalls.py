@@ -234,12 +234,12 @@ class Hypercalls:
         return result
 
     def _physdev_op(self, guest: Pointers, op: int, arg: int) -> int:
-        size = physdev.SIZES.get(op)
-        if size is None:
+        layout = physdev.LAYOUTS.get(op)
+        if layout is None:
             return -errno.ENOSYS
-        result, out = self._pirqs.call(op, guest.read(arg, size))
+        result, out = self._pirqs.call(op, guest.take(layout, arg))
         if out:
-            guest.write(arg, out)
+            guest.put(layout, arg, *out)
         return result
 
     def _sched_op(self, guest: Pointers, op: int, arg: int) -> int:
