@@ -24,7 +24,18 @@ import pytest
 from evtchnd.abi import PAGE_SIZE, Evtchnop, Evtchnstat
 from evtchnd.errors import VmmError
 from evtchnd.protocol import ALL_PORTS
-from evtchnd.vmm import grant_table_op, guest_pointer, hvm_op, hypercalls, memory_op, physdev, pvh, vcpu_op, xen_version
+from evtchnd.vmm import (
+    grant_table_op,
+    guest_pointer,
+    hvm_op,
+    hypercalls,
+    memory_op,
+    physdev,
+    pvh,
+    vcpu_context,
+    vcpu_op,
+    xen_version,
+)
 from evtchnd.vmm.channels import Channels
 from evtchnd.vmm.grant_table_op import Gnttabop, GrantFrames, GrantTableOp
 from evtchnd.vmm.guest_pointer import Layout, Pointers
@@ -36,8 +47,10 @@ from evtchnd.vmm.periodic_timers import PeriodicTimers
 from evtchnd.vmm.physmap import Memory, Physmap
 from evtchnd.vmm.shared_info import SharedInfo
 from evtchnd.vmm.soft_kernel import SoftKernel
+from evtchnd.vmm.vcpu_context import VcpuContext
 from evtchnd.vmm.vcpu_op import VcpuOp, Vcpuop
 from evtchnd.vmm.xen_version import Xenver
+from test_vcpu_context import context_of_32
 
 MiB = 1 << 20
 RAM = 16 * MiB
@@ -75,6 +88,27 @@ class KvmVcpu:
 
 
 @dataclass
+class Cpu:
+    """The vCPU itself."""
+
+    up: bool
+    context: VcpuContext | None = None
+    nmis: int = 0
+
+    def is_up(self) -> bool:
+        return self.up
+
+    def set_up(self, up: bool) -> None:
+        self.up = up
+
+    def set_context(self, context: VcpuContext) -> None:
+        self.context = context
+
+    def nmi(self) -> None:
+        self.nmis += 1
+
+
+@dataclass
 class Told:
     """What the hypercalls asked of their VMM."""
 
@@ -85,7 +119,6 @@ class Told:
     vectors: list[tuple[int, ...]] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     flags: list[bool] = field(default_factory=list)
-    nmis: list[int] = field(default_factory=list)
     periods: list[tuple[int, int]] = field(default_factory=list)
     text: bytes = b""
 
@@ -120,6 +153,7 @@ class Guest:
         self.frames = GrantFrames(self.grants, self.ram, self.physmap, told.moved.append)
         self.frames.reserve(CONSOLE_GFN, STORE_GFN)
         self.vcpus = [KvmVcpu(), KvmVcpu()]
+        self.cpus = [Cpu(up=True), Cpu(up=False)]
         self.calls = Hypercalls(
             "domain 1 (g1)",
             self.channels,
@@ -134,10 +168,10 @@ class Guest:
             ),
             VcpuOp(
                 self.vcpus,
+                self.cpus,
                 lambda vcpu, gpa: told.registered.append((vcpu, gpa)),
-                lambda vcpu: vcpu == 0,
-                nmi=told.nmis.append,
                 periodic=lambda vcpu, period: told.periods.append((vcpu, period)),
+                power_off=lambda: told.ended.append(Shutdown.POWEROFF),
             ),
             ended=self._ended,
             write=self._write,
@@ -588,16 +622,28 @@ def test_a_vcpus_start_its_ticks_and_its_nmi(guest: Guest, caplog: pytest.LogCap
         return guest.call(Number.VCPU_OP, op, vcpu, arg)
 
     # vCPU 0 is up
-    assert [call(Vcpuop.INITIALISE, n, ARG) for n in (0, 1, 2)] == [-errno.EEXIST, -errno.ENOSYS, -errno.ENOENT]
-    assert [call(Vcpuop.UP, n) for n in (0, 1)] == [0, -errno.EINVAL]
-    assert [call(Vcpuop.DOWN, n) for n in (0, 1)] == [-errno.ENOSYS] * 2
+    assert [call(Vcpuop.UP, n) for n in (0, 1, 2)] == [0, -errno.EINVAL, -errno.ENOENT]
+    guest.physmap.write(ARG - BASE, context_of_32(eip=0x200000, pad=1))
+    assert [call(Vcpuop.INITIALISE, n, ARG) for n in (0, 1)] == [-errno.EEXIST, -errno.EINVAL]
+    guest.physmap.write(ARG - BASE, context_of_32(eip=0x200000))
+    assert [call(Vcpuop.INITIALISE, 1, at) for at in (0, ARG, ARG)] == [-errno.EFAULT, 0, -errno.EEXIST]
+    context = guest.cpus[1].context
+    assert context is not None
+    assert context.general[8] == 0x200000
+    assert (call(Vcpuop.IS_UP, 1), call(Vcpuop.UP, 1), call(Vcpuop.IS_UP, 1)) == (0, 0, 1)
+    assert (call(Vcpuop.DOWN, 0), call(Vcpuop.IS_UP, 0)) == (0, 0)
+    assert not guest.told.ended
+    assert call(Vcpuop.DOWN, 1) == 0  # the last
+    assert guest.told.ended == [Shutdown.POWEROFF]
+    assert (call(Vcpuop.UP, 0), call(Vcpuop.IS_UP, 0)) == (0, 1)
+    caplog.clear()
     for period, result in ((999_999, -errno.EINVAL), (10_000_000, 0), (1 << 62, -errno.EINVAL)):
         assert call(Vcpuop.SET_PERIODIC_TIMER, 1, guest.put("Q", period)) == result
     assert call(Vcpuop.STOP_PERIODIC_TIMER, 1) == 0
     assert guest.told.periods == [(1, 10_000_000), (1, 0)]
     assert call(Vcpuop.SEND_NMI, 1) == 0
     assert call(Vcpuop.SEND_NMI, 1, ARG) == -errno.EINVAL
-    assert guest.told.nmis == [1]
+    assert [cpu.nmis for cpu in guest.cpus] == [0, 1]
     assert call(Vcpuop.GET_PHYSID, 0, ARG) == -errno.EINVAL
     assert not caplog.messages
 
@@ -764,11 +810,16 @@ STRUCTS: list[tuple[str, Layout]] = [
     ("struct physdev_map_pirq", physdev._MAP),
     ("struct physdev_unmap_pirq", physdev._UNMAP),
     ("struct physdev_get_free_pirq", physdev._FREE),
+    ("struct vcpu_hvm_context", Layout(f"{vcpu_context.CONTEXT_SIZE}s")),
     ("struct sched_shutdown", hypercalls._SHUTDOWN),
     ("struct sched_remote_shutdown", hypercalls._REMOTE_SHUTDOWN),
     ("struct multicall_entry", hypercalls._MULTICALL),
 ]
 OFFSETS = [
+    ("struct vcpu_hvm_context", "cpu_regs.x86_32.cr0", 48, 48),
+    ("struct vcpu_hvm_context", "cpu_regs.x86_32.efer", 64, 64),
+    ("struct vcpu_hvm_context", "cpu_regs.x86_32.tr_ar", 120, 120),
+    ("struct vcpu_hvm_context", "cpu_regs.x86_64.efer", 112, 112),
     ("struct xen_memory_map", "buffer", 8, 4),
     ("struct xen_add_to_physmap", "gpfn", 16, 12),
     ("struct xen_add_to_physmap_batch", "idxs", 8, 8),
@@ -796,7 +847,18 @@ def test_layouts_are_those_of_xens_headers(bits: int, tmp_path: Path) -> None:
     if not shutil.which("gcc") or not Path("/usr/include/xen/memory.h").exists():
         pytest.skip("no gcc or no libxen-dev")
     wide = bits == 64
-    headers = ["xen", "version", "memory", "grant_table", "vcpu", "sched", "physdev", "hvm/hvm_op", "hvm/params"]
+    headers = [
+        "xen",
+        "version",
+        "memory",
+        "grant_table",
+        "vcpu",
+        "sched",
+        "physdev",
+        "hvm/hvm_op",
+        "hvm/params",
+        "hvm/hvm_vcpu",
+    ]
     lines = ["#define __XEN_INTERFACE_VERSION__ 0x00040e00", "#include <stdint.h>", "#include <stddef.h>"]
     lines += [f"#include <xen/{header}.h>" for header in headers]
     sizes = {name: layout.of(wide).size for name, layout in STRUCTS}

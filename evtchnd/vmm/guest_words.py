@@ -81,8 +81,10 @@ class GuestWords:
                 self._changed.wait_for(lambda: self._waiting or self._ended)
                 if self._ended:
                     return
-                piece = bytes(self._waiting[:_PIECE])
-                del self._waiting[:_PIECE]
+                # up to a line's end, so that other lines of the process come between lines
+                count = self._waiting.rfind(b"\n", 0, _PIECE) + 1 or _PIECE
+                piece = bytes(self._waiting[:count])
+                del self._waiting[:count]
                 self._writing = True
             try:
                 self._put(piece.replace(b"\n", b"\r\n") if self._terminal else piece)

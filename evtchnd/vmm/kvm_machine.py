@@ -21,6 +21,7 @@ from typing import Self
 from evtchnd.errors import HostError
 from evtchnd.vmm.kvm import XenHvm, XenVcpu, XenVm, xen_capability
 from evtchnd.vmm.kvm_ioctl import KvmError, io, ioctl, ior, iow, iowr
+from evtchnd.vmm.vcpu_context import Descriptor, VcpuContext
 
 _GET_API_VERSION = io(0x00)
 _CREATE_VM = io(0x01)
@@ -47,7 +48,7 @@ _ENABLE_CAP = iow(0xA3, 104)
 _TSS_ADDRESS = 0xFFFBD000  # three pages that Intel's virtual real mode needs: below 4 GiB, no RAM there
 _MAX_CPUID = 256
 _CAP_SPLIT_IRQCHIP, _IOAPIC_PINS = 121, 24
-_UNINITIALIZED, _INIT_RECEIVED = 1, 2  # KVM_MP_STATE_*: not started yet
+_RUNNABLE, _UNINITIALIZED, _INIT_RECEIVED = 0, 1, 2  # KVM_MP_STATE_*; the latter two: not started yet
 # Blocked in a vCPU's thread and let in only by KVM_RUN: it ends the run and is never delivered.
 _KICK = signal.SIGRTMIN + 5
 _KICK_AGAIN_S = 0.5
@@ -168,7 +169,7 @@ class Vcpu:
         ioctl(self.fd, _SET_SREGS, bytes(sregs), "KVM_SET_SREGS")
         regs = [argument, 0, 0, 0, argument, argument, stack, 0, *[0] * 8, entry, 2]  # rax rbx rcx rdx rsi rdi rsp rbp
         ioctl(self.fd, _SET_REGS, struct.pack("<18Q", *regs), "KVM_SET_REGS")
-        ioctl(self.fd, _SET_MP_STATE, struct.pack("<I", 0), "KVM_SET_MP_STATE")
+        ioctl(self.fd, _SET_MP_STATE, struct.pack("<I", _RUNNABLE), "KVM_SET_MP_STATE")
 
     def start_pvh(self, entry: int, start_info: int) -> None:
         """Registers of a PVH guest's first vCPU: 32-bit protected mode, no paging, rbx = hvm_start_info.
@@ -187,6 +188,27 @@ class Vcpu:
         ioctl(self.fd, _SET_SREGS, bytes(sregs), "KVM_SET_SREGS")
         regs = [0, start_info, *[0] * 14, entry, 2]  # rax rbx ... r15 rip rflags
         ioctl(self.fd, _SET_REGS, struct.pack("<18Q", *regs), "KVM_SET_REGS")
+
+    def set_context(self, context: VcpuContext) -> None:
+        """VCPUOP_initialise: its registers when it is brought up. KvmError EINVAL."""
+        sregs = bytearray(312)
+        with self.outside():
+            ioctl(self.fd, _GET_SREGS, sregs, "KVM_GET_SREGS")
+            segments = (context.cs, context.ds, context.es, context.ds, context.ds, context.ss, context.tr)
+            sregs[: 7 * 24] = b"".join(_segment(each) for each in segments)
+            struct.pack_into("<Q", sregs, _SREGS_CR0, context.cr0)
+            struct.pack_into("<QQ", sregs, _SREGS_CR3, context.cr3, context.cr4)
+            struct.pack_into("<Q", sregs, _SREGS_EFER, context.efer)
+            ioctl(self.fd, _SET_SREGS, bytes(sregs), "KVM_SET_SREGS")
+            rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, rip, rflags = context.general
+            regs = [rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *[0] * 8, rip, rflags]
+            ioctl(self.fd, _SET_REGS, struct.pack("<18Q", *regs), "KVM_SET_REGS")
+
+    def set_up(self, up: bool) -> None:
+        """Starts it, or stops it until it is started again: by this, or by INIT and SIPI."""
+        with self.outside():
+            state = _RUNNABLE if up else _UNINITIALIZED
+            ioctl(self.fd, _SET_MP_STATE, struct.pack("<I", state), "KVM_SET_MP_STATE")
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -311,6 +333,14 @@ class Vcpu:
         """After its thread has ended."""
         self._run.close()
         os.close(self.fd)
+
+
+def _segment(each: Descriptor) -> bytes:
+    flags = each.attributes
+    kind, s, dpl, present = flags & 15, flags >> 4 & 1, flags >> 5 & 3, flags >> 7 & 1
+    avl, long, db, granularity = flags >> 8 & 1, flags >> 9 & 1, flags >> 10 & 1, flags >> 11 & 1
+    packed = _SEGMENT.pack(each.base, each.limit, 0, kind, present, dpl, db, s, long, granularity, avl)
+    return packed[:-2] + bytes((not present, 0))  # unusable
 
 
 class Machine:

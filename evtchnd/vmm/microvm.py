@@ -182,10 +182,10 @@ class MicroVm:
         undo.callback(self._timers.close)
         self._vcpu_op = VcpuOp(
             [vcpu.xen for vcpu in self.vcpus],
+            self.vcpus,
             self._register,
-            lambda n: self.vcpus[n].is_up(),
-            nmi=lambda n: self.vcpus[n].nmi(),
             periodic=self._timers.set,
+            power_off=lambda: self._ends(Shutdown.POWEROFF, "its last vCPU has gone down"),
         )
         self._shared_info = SharedInfoPage(
             xen,
