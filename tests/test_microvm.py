@@ -100,7 +100,7 @@ def test_a_triple_fault_is_told_with_the_registers(
     assert [level for level, _ in lines] == [logging.ERROR] * 2
     assert lines[0][1].startswith("domain 1 (g1): vCPU 0: rip 0x")
     assert ", cr2 0x" in lines[0][1]
-    assert lines[1][1] == "domain 1 (g1): vCPU 1: not started"
+    assert lines[1][1] == "domain 1 (g1): vCPU 1: not up"
 
 
 def test_a_guest_that_reboots_over_and_over_is_held_back(

@@ -279,7 +279,7 @@ class Vcpu:
         """One line about a guest that has died. AMD's processors leave nothing of a vCPU that triple-faulted: it is as
         after a reset then, at 0xfff0."""
         if not self.is_up():
-            return "not started"
+            return "not up"
         regs, sregs, events = bytearray(144), bytearray(312), bytearray(64)
         with self.outside():
             ioctl(self.fd, _GET_REGS, regs, "KVM_GET_REGS")
