@@ -25,6 +25,7 @@ class Driven:
         self._write = write
         self._unread = first
         self.log = bytearray(first)  # all that was said
+        self.over = False  # nothing more will come
 
     def wait(self, pattern: str, seconds: float) -> re.Match[bytes]:
         """Reads on until a whole line matches: that one, `string` being all that came before it. HostError."""
@@ -58,6 +59,7 @@ class Driven:
             data = b""
         self._unread += data
         self.log += data
+        self.over = not data
         return bool(data)
 
     def send(self, command: str) -> None:

@@ -58,6 +58,10 @@ class EvtchndGuest:
         self._driven: Driven | None = None
         self._counted: dict[str, int] = {}
 
+    def said(self) -> str:
+        """The end of what evtchnd-micro has logged."""
+        return self._log.read_text(errors="replace")[-500:]
+
     @property
     def console(self) -> Driven:
         """Takes commands once `booted` has returned."""
@@ -89,7 +93,7 @@ class EvtchndGuest:
             took = time.monotonic() - self._began
             self.console.wait(r"@@ ready .*", seconds)
         except HostError as exc:
-            raise HostError(f"evtchnd-micro: {exc}; its log ends with {self._log.read_text()[-500:]!r}") from None
+            raise HostError(f"evtchnd-micro: {exc}; its log ends with {self.said()!r}") from None
         return took
 
     def rebooted(self, seconds: float) -> None:
@@ -132,7 +136,7 @@ class EvtchndGuest:
         self._process.send_signal(signal.SIGUSR1)
         while not self._stats.exists():
             if not self.alive or time.monotonic() > end:
-                raise HostError(f"evtchnd-micro told nothing; its log ends with {self._log.read_text()[-500:]!r}")
+                raise HostError(f"evtchnd-micro told nothing; its log ends with {self.said()!r}")
             time.sleep(LOOK_S)
         found: dict[str, Any] = json.loads(self._stats.read_text())
         return found
@@ -144,14 +148,12 @@ class EvtchndGuest:
         self.close()
 
     def close(self) -> None:
-        """The guest is powered off, if it still runs."""
-        with contextlib.suppress(HostError, OSError):
-            if self.alive:
+        """The guest is powered off, if it still runs and listens."""
+        with contextlib.suppress(HostError, OSError, subprocess.TimeoutExpired):
+            if self.alive and not self.console.over:
                 self.console.send("sync; poweroff -f")
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+                self._process.wait(END_S)
+        self._process.kill()
+        self._process.wait()
         if self._socket is not None:
             self._socket.close()

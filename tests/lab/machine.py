@@ -84,6 +84,7 @@ class Lab:
     tree: Path  # trixie
     kernel: Path
     initramfs: Path
+    qemu: Path  # emulator.py; the tree's own is for use inside
 
     def program(self, name: str, *arguments: str) -> list[str]:
         """A command line for one of the tree's programs, by the tree's own libraries."""
@@ -163,7 +164,7 @@ class Machine:
     def _start(self, memory: int, cpus: int, disk: Path) -> subprocess.Popen[bytes]:
         share = self.lab.tree / "usr/share"
         command = self.lab.program(
-            "usr/bin/qemu-system-x86_64",
+            str(self.lab.qemu),
             *("-L", f"{share}/qemu", "-L", f"{share}/seabios", "-nodefaults", "-display", "none", "-no-reboot"),
             *("-accel", "tcg,thread=multi", "-cpu", "max,+svm,-la57", "-smp", str(cpus), "-m", str(memory)),
             *("-kernel", str(self.lab.kernel), "-initrd", str(self.lab.initramfs)),

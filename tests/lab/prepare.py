@@ -2,7 +2,7 @@
 
     ${EVTCHND_LAB:-${XDG_CACHE_HOME:-~/.cache}/evtchnd/lab}/
         tree-KEY/       trixie by debootstrap (0.9 GB, one or two minutes, root), KEY from what it is made of
-        boot-KEY/       its kernel and an initramfs
+        boot-KEY/       its kernel, an initramfs, its QEMU (emulator.py)
         python-KEY/     wheels for trixie's Python, unpacked (what of it pip can find)
         guest-*-KEY/    real guests (guestimage.py)
         consoles/       of boots that died
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab import debian, guestimage, initramfs
+from lab import debian, emulator, guestimage, initramfs
 from lab.machine import HERE, Lab, LabMissing
 
 SUITE = "trixie"
@@ -72,18 +72,28 @@ def find() -> Lab:
         raise LabMissing(f"the lab is not prepared in {folder}: make lab")
     modules = debian.modules_of(tree)
     scripts = {name: (HERE / name).read_bytes() for name in SCRIPTS}
-    maker = Path(initramfs.__file__).read_bytes()
-    boot = folder / f"boot-{debian.key(tree.name, modules.name, MODULES, scripts, maker)}"
+    makers = [Path(maker.__file__).read_bytes() for maker in (initramfs, emulator)]
+    boot = folder / f"boot-{debian.key(tree.name, modules.name, MODULES, scripts, makers)}"
     if not boot.is_dir():
         part = boot.with_name(f"{boot.name}.part-{os.getpid()}")
         part.mkdir()
         (part / "initramfs").write_bytes(initramfs.build(tree / "usr/bin/busybox", modules, MODULES, scripts))
         shutil.copy(tree / "boot" / f"vmlinuz-{modules.name}", part / "vmlinuz")
+        _copy_qemu(tree / "usr/bin/qemu-system-x86_64", part / "qemu")
         try:
             part.rename(boot)
         except OSError:  # somebody else was quicker
             shutil.rmtree(part)
-    return Lab(folder, tree, boot / "vmlinuz", boot / "initramfs")
+    return Lab(folder, tree, boot / "vmlinuz", boot / "initramfs", boot / "qemu")
+
+
+def _copy_qemu(source: Path, target: Path) -> None:
+    program = source.read_bytes()
+    mended = emulator.mended(program)
+    if mended is None:
+        debian.say("this QEMU's helper_vmrun is unknown (tests/lab/emulator.py): guests with two CPUs may hang")
+    target.write_bytes(mended or program)
+    target.chmod(0o755)
 
 
 def prepare() -> Lab:

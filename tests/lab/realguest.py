@@ -13,6 +13,7 @@ from evtchnd.bench.evtchndguest import DOMID, EvtchndGuest
 from evtchnd.bench.qemuguest import Disk
 from evtchnd.bench.served import Daemon
 from evtchnd.cli.varlink import Client
+from evtchnd.errors import HostError
 from lab import guestimage, prepare
 from lab.patience import patient
 
@@ -58,7 +59,8 @@ class RealGuest:
 
     @property
     def alive(self) -> bool:
-        return self.vmm is not None and self.vmm.alive
+        """Whether it can be used on: it runs, and has not begun anew without being asked."""
+        return self.vmm is not None and self.vmm.alive and not self.vmm.console.over
 
     def close(self) -> None:
         if self.vmm is not None:
@@ -85,7 +87,10 @@ class RealGuest:
     def run(self, command: str, seconds: float = 10) -> str:
         """What a command prints in the guest; HostError where it fails, or takes longer than `seconds` of a host."""
         assert self.vmm is not None
-        return self.vmm.console.run(command, patient(seconds)).strip()
+        try:
+            return self.vmm.console.run(command, patient(seconds)).strip()
+        except HostError as error:
+            raise HostError(f"{error}; evtchnd-micro's log ends with {self.vmm.said()!r}") from None
 
     def fails(self, command: str, seconds: float = 10) -> str:
         """The same for a command that has to fail."""
