@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from evtchnd.bench import blk, report, wakeup
+from evtchnd.bench import blk, report, wakeup, xenstore
 from evtchnd.errors import EvtchndError
 
 
@@ -16,7 +16,9 @@ def parser() -> argparse.ArgumentParser:
     blk.add_arguments(block)
     waking = commands.add_parser("wakeup", help="from a guest's kick to the answer it sees, beside a server in C")
     wakeup.add_arguments(waking)
-    for command, run in ((block, blk.run), (waking, wakeup.run)):
+    store = commands.add_parser("xenstore", help="XenStore's requests, beside an echo server on the same loop")
+    xenstore.add_arguments(store)
+    for command, run in ((block, blk.run), (waking, wakeup.run), (store, xenstore.run)):
         command.set_defaults(run=run)
         command.add_argument("--json", metavar="FILE", help="readings and ratios; -: alone on standard output")
         command.add_argument("--plot", metavar="FILE.svg", help="bar charts (extra `bench`)")
