@@ -19,7 +19,21 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ports": (("ports",), ("base",)),
     "wire": (("protocol", "messages", "tables", "transport"), ("base",)),
     "store": (
-        tuple(f"xenstore.{name}" for name in ("wire", "tree", "store", "operations", "quota", "watches")),
+        tuple(
+            f"xenstore.{name}"
+            for name in (
+                "wire",
+                "tree",
+                "store",
+                "operations",
+                "quota",
+                "watches",
+                "contention",
+                "request",
+                "administration",
+                "control",
+            )
+        ),
         ("base",),
     ),
     "xenstore": (("xenstore",), ("base", "core", "store")),

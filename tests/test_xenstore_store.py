@@ -432,7 +432,7 @@ def test_xsa_414_415_421_nothing_is_orphaned(tool: Guest) -> None:
 
 
 def test_quota_of_nodes(store: XenStore, tool: Guest, guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
-    store.domains[7].quotas = Quotas(nodes=10)
+    store.set_quotas(7, Quotas(nodes=10))
     assert store.domains[7].owned == 3
     assert [guest.write(f"data/{number}") for number in range(8)] == [OK] * 7 + ["ENOSPC"]
     assert guest.write("data/deep/er/than/that") == "ENOSPC"
@@ -450,7 +450,7 @@ def test_quota_of_nodes(store: XenStore, tool: Guest, guest: Guest, caplog: pyte
 
 
 def test_two_transactions_do_not_slip_past_the_quota(store: XenStore, tool: Guest, guest: Guest) -> None:
-    store.domains[7].quotas = Quotas(nodes=5)
+    store.set_quotas(7, Quotas(nodes=5))
     first, second = guest.start(), guest.start()
     for tx, name in ((first, "a"), (second, "b")):
         assert guest.write(f"data/{name}1", tx=tx) == OK
@@ -480,8 +480,9 @@ def test_quota_of_a_transactions_nodes(guest: Guest) -> None:
 
 def test_a_refusal_is_said_once_a_second(tool: Guest, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
-    store = XenStore(Quotas(transactions=0), clock=lambda: now[0])
+    store = XenStore(Quotas(transactions=1), clock=lambda: now[0])
     guest = Guest(store, 7)
+    guest.start()
     caplog.set_level(logging.WARNING)
     for _ in range(5):
         assert guest.ask(Op.TRANSACTION_START) == "ENOSPC"
@@ -538,13 +539,13 @@ def test_xsa_324_huge_tokens(guest: Guest) -> None:
 
 
 def test_xsa_326_events_that_nobody_reads_are_bounded(store: XenStore, tool: Guest, guest: Guest) -> None:
-    guest.conn.quotas = Quotas(memory_bytes=10_000)
+    store.set_quotas(7, Quotas(memory_bytes=10_000))
     for number in range(5):
         guest.watch("data", f"{number}")
     for number in range(500):
         tool.write(f"/local/domain/7/data/{number}")
     assert guest.conn.out_bytes <= 10_000
-    assert store.refusals.counts[7, "memory_bytes"] > 0
+    assert store.refusals.counts[7, "memory"] > 0
     assert len(guest.events()) > 100
 
 

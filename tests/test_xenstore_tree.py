@@ -77,15 +77,15 @@ def test_conflicts_are_by_path_and_part() -> None:
     base = make(b"/a", b"/b", b"/a/x")
     view = Transaction(base, record=True)
     view.get(b"/a", 1)  # its value
-    assert not view.conflicts(base.update(b"/b", b"1", PERMS, 9))
-    assert not view.conflicts(base.create(b"/a/y", b"1", PERMS, 9))
-    assert view.conflicts(base.update(b"/a", b"1", PERMS, 9))
-    assert view.conflicts(base.drop(b"/a/x", 8).drop(b"/a", 9))
+    assert not view.conflict(base.update(b"/b", b"1", PERMS, 9))
+    assert not view.conflict(base.create(b"/a/y", b"1", PERMS, 9))
+    assert view.conflict(base.update(b"/a", b"1", PERMS, 9))
+    assert view.conflict(base.drop(b"/a/x", 8).drop(b"/a", 9))
     view.get(b"/a", 4)  # its children
-    assert view.conflicts(base.create(b"/a/y", b"1", PERMS, 9))
+    assert view.conflict(base.create(b"/a/y", b"1", PERMS, 9))
     missing = Transaction(base, record=True)
     missing.get(b"/c", 1)
-    assert missing.conflicts(base.create(b"/c", b"", PERMS, 9))
+    assert missing.conflict(base.create(b"/c", b"", PERMS, 9))
 
 
 def test_a_commit_beside_others_changes_keeps_both() -> None:

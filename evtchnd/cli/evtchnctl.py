@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evtchnd.cli import xenstore
 from evtchnd.cli.varlink import Client
 from evtchnd.control import diskspec
 from evtchnd.errors import OperatorError
@@ -126,6 +127,7 @@ def _arguments(argv: Sequence[str] | None) -> Asked:
         added.add_argument("domain", metavar="DOM", help="its number or name")
     attach.add_argument("disk", metavar="SPEC", nargs="+", help="vdev=xvda,target=disk.img or file:disk.img,xvda,w")
     detach.add_argument("device", metavar="DEV", help="xvda or 51712")
+    xenstore.add(verbs, common, change, _control_socket, _domid_of)
     detach.add_argument("--force", action="store_true", help="take it away from a guest that does not let it go")
     return parser.parse_args(argv, Asked(output="text", runtime_dir=None, socket=None, timeout=None))
 
@@ -139,8 +141,19 @@ def _seconds(text: str) -> float:
 
 
 def _client(args: Asked) -> Client:
+    return Client(_control_socket(args), timeout=args.timeout)
+
+
+def _control_socket(args: Asked) -> Path:
     folder = args.runtime_dir or os.environ.get("EVTCHND_RUNTIME_DIR") or _RUNTIME_DIR
-    return Client(args.socket or Path(folder) / "control.sock", timeout=args.timeout)
+    return Path(args.socket or Path(folder) / "control.sock")
+
+
+def _domid_of(args: Asked, domain: str) -> int:
+    if domain.isascii() and domain.isdecimal():
+        return int(domain)
+    with _client(args) as client:
+        return _domid(client, domain)
 
 
 def _domid(client: Client, domain: str) -> int:

@@ -97,18 +97,23 @@ class Vbd(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Xenstore(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Quotas of a guest in XenStore: the defaults of Xen's C server, one by one. Domain 0 has none."""
+    """Quotas of a guest in XenStore: the defaults of Xen's C server, one by one. Domain 0 has none.
 
-    nodes: Annotated[int, Meta(ge=1)] = 1000
-    watches: Annotated[int, Meta(ge=1)] = 128
-    outstanding: Annotated[int, Meta(ge=1)] = 20
-    transactions: Annotated[int, Meta(ge=1)] = 10
-    transaction_nodes: Annotated[int, Meta(ge=1)] = 1024
-    permissions: Annotated[int, Meta(ge=1)] = 5
+    `evtchnctl xenstore quota` changes them while a domain runs.
+    """
+
+    nodes: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 1000
+    watches: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 128
+    outstanding: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 20
+    transactions: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 10
+    transaction_nodes: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 1024
+    permissions: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 5
     # XENSTORE_ABS_PATH_MAX is 3,072, the C server's quota is lower
     path_bytes: Annotated[int, Meta(ge=256, le=3072)] = 2048
     node_bytes: Annotated[int, Meta(ge=64, le=4096)] = 2048
-    memory_bytes: Annotated[int, Meta(ge=65536)] = 2621440
+    memory_bytes: Annotated[int, Meta(ge=65536, le=0x7FFFFFFF)] = 2621440
+    # Beyond it there is a line in the log
+    memory_soft_bytes: Annotated[int, Meta(ge=65536, le=0x7FFFFFFF)] = 2097152
     # Watch events that a client does not read.
     unread_s: Seconds = 20.0
 

@@ -10,12 +10,12 @@ cases are those of the C server (tools/xenstored of Xen 4.17 and later).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from itertools import islice
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
-from . import wire
-from .quota import Connection
+from . import administration, control, wire
+from .quota import PERM_SIZE, Connection, node_size
+from .request import OK, Handler, Request, check, check_memory, refuse
 from .store import XenStore
 from .tree import CHILDREN, PERMS, VALUE, Node, Transaction
 from .watches import Watch
@@ -23,24 +23,8 @@ from .wire import Op, XenStoreError
 
 log = logging.getLogger(__name__)
 
-_OK = b"OK\0"
 # /local/domain/0/backend/<kind>/<domid>/<device>
 _DEVICE_DEPTH = 7
-
-
-class Request(NamedTuple):
-    """One request, with the view of the store that it sees: a transaction's or `store.now`."""
-
-    store: XenStore
-    conn: Connection
-    view: Transaction
-    payload: bytes
-    op: int
-    req_id: int
-    tx_id: int
-
-
-Handler = Callable[[Request], bytes | None]
 
 
 def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
@@ -56,11 +40,11 @@ def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, 
             raise XenStoreError("ENOENT", f"no transaction {tx_id}")
         request = Request(store, conn, view, payload, op, req_id, tx_id)
         quotas, touched = conn.quotas, view.touched
-        if quotas is not None and touched is not None and len(touched) > quotas.transaction_nodes:
+        if quotas is not None and touched is not None and not conn.allows("transaction-nodes", len(touched)):
             # One operation late: so those that fail count, too
             view.failed = True
             if op != Op.TRANSACTION_END:
-                _refuse(request, "transaction_nodes", len(touched), quotas.transaction_nodes)
+                refuse(request, "transaction-nodes", len(touched), quotas.transaction_nodes)
         body = handler(request)
         if now.events or now.changes:
             store.publish(now)
@@ -77,12 +61,8 @@ def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, 
             conn.reply(op, req_id, tx_id, body)
     finally:
         store.cause = None
-
-
-def _refuse(request: Request, quota: str, value: int, limit: int) -> NoReturn:
-    name = Op(request.op).name
-    request.store.refusals.note(request.conn.domid, name, quota, value, limit)
-    raise XenStoreError("ENOSPC", f"quota {quota}")
+    if store.trace:
+        control.trace(conn, op, tx_id, payload)
 
 
 # ---- finding nodes
@@ -90,8 +70,11 @@ def _refuse(request: Request, quota: str, value: int, limit: int) -> NoReturn:
 
 def _path(request: Request, text: bytes, *, special: bool = False, write: bool = False) -> bytes:
     conn = request.conn
-    quota = wire.ABS_PATH_MAX if conn.quotas is None else conn.quotas.path_bytes
-    path = wire.canonical(text, conn.home, special=special, quota=quota)
+    quota = wire.ABS_PATH_MAX if conn.quotas is None else conn.quotas.path_bytes or wire.ABS_PATH_MAX
+    try:
+        path = wire.canonical(text, conn.home, special=special, quota=quota)
+    except wire.PathTooLongError as error:
+        refuse(request, "path-max", error.size, quota, error.name)
     if conn.confine is not None and not (conn.may_write(path) if write else conn.may_read(path)):
         raise XenStoreError("EACCES", "not what this worker serves")
     return path
@@ -105,14 +88,13 @@ def _find(request: Request, path: bytes, want: int, what: int) -> Node | None:
         if conn.rights(node.perms) & want != want:
             raise XenStoreError("EACCES")
         return node
-    if path[:1] != b"@":
-        above = path
-        parent = None
-        while parent is None:
-            above = wire.parent_of(above)
-            parent = view.get(above, PERMS)
-        if not conn.rights(parent.perms) & want:
-            raise XenStoreError("EACCES")
+    above = path
+    parent = None
+    while parent is None:
+        above = wire.parent_of(above)
+        parent = view.get(above, PERMS)
+    if not conn.rights(parent.perms) & want:
+        raise XenStoreError("EACCES")
     return None
 
 
@@ -123,12 +105,11 @@ def _readable(request: Request, text: bytes, what: int, *, special: bool = False
     return node
 
 
-def _check_size(request: Request, path: bytes, value: bytes, perms: wire.Perms) -> None:
-    quotas = request.conn.quotas
-    if quotas is not None:
-        size = len(path) + len(value) + 4 * len(perms)
-        if size > quotas.node_bytes:
-            _refuse(request, "node_bytes", size, quotas.node_bytes)
+def _check_size(request: Request, path: bytes, value: bytes, perms: wire.Perms, old: Node | None) -> None:
+    """Quotas of a node that is to be written."""
+    if request.conn.quotas is not None:
+        check(request, "node-size", len(path) + len(value) + PERM_SIZE * len(perms))
+        check_memory(request, node_size(path, value, perms) - (0 if old is None else len(old.value)))
 
 
 def _create(request: Request, path: bytes, value: bytes) -> None:
@@ -149,14 +130,11 @@ def _create(request: Request, path: bytes, value: bytes) -> None:
         device = b"/".join(path.split(b"/")[: _DEVICE_DEPTH + 1])
         count = sum(1 for _ in islice(view.tree.walk(device), conn.quotas.nodes)) + len(missing)
         if count > conn.quotas.nodes:
-            _refuse(request, "nodes", count, conn.quotas.nodes)
+            refuse(request, "nodes", count, conn.quotas.nodes)
     perms = parent.perms if conn.privileged else ((conn.domid, parent.perms[0][1]), *parent.perms[1:])
-    _check_size(request, path, value, perms)
+    _check_size(request, path, value, perms, None)
     if not conn.privileged:
-        limit = conn.domain.quotas.nodes
-        count = conn.domain.owned + view.growth.get(conn.domid, 0) + len(missing)
-        if count > limit:
-            _refuse(request, "nodes", count, limit)
+        check(request, "nodes", conn.domain.owned + view.growth.get(conn.domid, 0) + len(missing))
     for above in reversed(missing[1:]):
         view.create(above, b"", perms, store.tick())
     view.create(path, value, perms, store.tick())
@@ -204,11 +182,11 @@ def _write(request: Request) -> bytes:
     if node is None:
         _create(request, path, value)
     else:
-        _check_size(request, path, value, node.perms)
+        _check_size(request, path, value, node.perms, node)
         view.update(path, node, value, node.perms, request.store.tick())
     # The same value again fires, too: that is how a backend tells that a disk was resized
     view.fire(path)
-    return _OK
+    return OK
 
 
 def _mkdir(request: Request) -> bytes:
@@ -216,7 +194,7 @@ def _mkdir(request: Request) -> bytes:
     if _find(request, path, wire.PERM_WRITE, PERMS) is None:
         _create(request, path, b"")
         request.view.fire(path)
-    return _OK
+    return OK
 
 
 def _rm(request: Request) -> bytes:
@@ -228,7 +206,7 @@ def _rm(request: Request) -> bytes:
         raise XenStoreError("EINVAL")
     else:
         request.view.remove(path, request.store.tick())
-    return _OK
+    return OK
 
 
 def _set_perms(request: Request) -> bytes:
@@ -236,8 +214,7 @@ def _set_perms(request: Request) -> bytes:
     texts = wire.strings(request.payload)
     if len(texts) < 2:
         raise XenStoreError("EINVAL")
-    if conn.quotas is not None and len(texts) - 1 > conn.quotas.permissions:
-        _refuse(request, "permissions", len(texts) - 1, conn.quotas.permissions)
+    check(request, "node-permissions", len(texts) - 1)
     perms = wire.parse_perms(texts[1:])
     path = _path(request, texts[0], special=True, write=True)
     if conn.confine is not None:
@@ -251,10 +228,10 @@ def _set_perms(request: Request) -> bytes:
             raise XenStoreError("EPERM", "only domain 0 gives nodes away")
         # What a guest grants to a domain that is not there is nobody's: not its next owner's either (XSA-322)
         perms = (perms[0], *[entry if store.exists(entry[0]) else (entry[0], 0) for entry in perms[1:]])
-    _check_size(request, path, node.value, perms)
+    _check_size(request, path, node.value, perms, node)
     request.view.update(path, node, node.value, perms, store.tick())
     request.view.fire(path)
-    return _OK
+    return OK
 
 
 # ---- watches and transactions
@@ -265,17 +242,19 @@ def _watch(request: Request) -> None:
     texts = wire.strings(request.payload)
     if len(texts) not in (2, 3):
         raise XenStoreError("EINVAL")
+    if len(texts) == 3 and not conn.domain.features & wire.FEATURE_WATCHDEPTH:
+        raise XenStoreError("EINVAL", "watches with a depth are switched off")
     depth = wire.number(texts[2], 0x7FFFFFFF) if len(texts) == 3 else None
     path, token = _path(request, texts[0], special=True), texts[1]
     if (path, token) in conn.watches:
         raise XenStoreError("EEXIST")
-    if conn.quotas is not None and len(conn.watches) >= conn.quotas.watches:
-        _refuse(request, "watches", len(conn.watches) + 1, conn.quotas.watches)
+    check(request, "watches", len(conn.watches) + 1)
+    check_memory(request, len(path) + len(token))
     relative = texts[0][:1] not in (b"/", b"@")
     watch = Watch(conn, path, token, len(conn.home) + 1 if relative else 0, depth)
     store.add_watch(watch)
     # The reply first, then one event: clients take their first look at the node for it
-    conn.reply(request.op, request.req_id, request.tx_id, _OK)
+    conn.reply(request.op, request.req_id, request.tx_id, OK)
     conn.event(path[watch.strip :], token)
 
 
@@ -284,22 +263,22 @@ def _unwatch(request: Request) -> bytes:
     if len(texts) != 2:
         raise XenStoreError("EINVAL")
     request.store.remove_watch(request.conn, _path(request, texts[0], special=True), texts[1])
-    return _OK
+    return OK
 
 
 def _reset_watches(request: Request) -> bytes:
     request.store.reset_watches(request.conn)
-    return _OK
+    return OK
 
 
 def _transaction_start(request: Request) -> bytes:
     store, conn = request.store, request.conn
     if request.view is not store.now:
         raise XenStoreError("EBUSY", "transactions do not nest")
-    if conn.quotas is not None and len(conn.transactions) >= conn.quotas.transactions:
-        _refuse(request, "transactions", len(conn.transactions) + 1, conn.quotas.transactions)
+    check(request, "transactions", len(conn.transactions) + 1)
     tx_id = conn.new_tx_id()
     conn.transactions[tx_id] = Transaction(store.tree, record=True)
+    store.contention.started(conn)
     return b"%d\0" % tx_id
 
 
@@ -311,80 +290,20 @@ def _transaction_end(request: Request) -> bytes:
     if view is store.now:
         raise XenStoreError("ENOENT", "no transaction")
     del conn.transactions[request.tx_id]
+    path = view.conflict(store.tree) if verdict == b"T" and not view.failed else None
+    store.contention.ended(conn, path)
     if verdict == b"F":
-        return _OK
+        return OK
     if view.failed:
         raise XenStoreError("ENOMEM", "an operation of the transaction was refused")
-    if view.conflicts(store.tree):
+    if path is not None:
         raise XenStoreError("EAGAIN")
+    conn.conflicts = 0
     growth = view.growth.get(conn.domid, 0)
-    if not conn.privileged and growth > 0 and conn.domain.owned + growth > conn.domain.quotas.nodes:
-        _refuse(request, "nodes", conn.domain.owned + growth, conn.domain.quotas.nodes)
+    if not conn.privileged and growth > 0:
+        check(request, "nodes", conn.domain.owned + growth)
     store.publish(view)
-    return _OK
-
-
-# ---- domains
-
-
-def _known(store: XenStore, text: bytes) -> int:
-    domid = wire.number(text, 0xFFFF)
-    if domid == 0:
-        raise XenStoreError("EINVAL")
-    if not store.exists(domid):
-        raise XenStoreError("ENOENT")
-    return domid
-
-
-def _introduce(request: Request) -> bytes:
-    """A guest's page comes from its VMM; a tool can only tell again of a domain that is there, as on resume."""
-    texts = wire.strings(request.payload)
-    if len(texts) < 3:
-        raise XenStoreError("EINVAL")
-    domid = wire.number(texts[0], 0xFFFF)
-    if domid == 0 or not request.store.exists(domid):
-        raise XenStoreError("EINVAL", "a domain's VMM introduces it")
-    request.store.introduce(domid)
-    return _OK
-
-
-def _release(request: Request) -> bytes:
-    request.store.release(_known(request.store, wire.one_string(request.payload)))
-    return _OK
-
-
-def _resume(request: Request) -> bytes:
-    _known(request.store, wire.one_string(request.payload))
-    return _OK
-
-
-def _get_domain_path(request: Request) -> bytes:
-    return b"/local/domain/%d\0" % wire.number(wire.one_string(request.payload), 0xFFFF)
-
-
-def _is_domain_introduced(request: Request) -> bytes:
-    return b"T\0" if request.store.exists(wire.number(wire.one_string(request.payload), 0xFFFF)) else b"F\0"
-
-
-def _set_target(request: Request) -> bytes:
-    texts = wire.strings(request.payload)
-    if len(texts) != 2:
-        raise XenStoreError("EINVAL")
-    domid, target = (_known(request.store, text) for text in texts)
-    request.store.domains[domid].target = target
-    return _OK
-
-
-def _control(request: Request) -> bytes:
-    command = wire.strings(request.payload)
-    if command == [b"help"]:
-        return b"check\nhelp\0"
-    if command != [b"check"]:
-        raise XenStoreError("EINVAL")
-    faults = request.store.check()
-    for fault in faults:
-        log.error("xenstore: check: %s", fault)
-    return b"%d faults, see the log\0" % len(faults) if faults else _OK
+    return OK
 
 
 def _unknown(request: Request) -> NoReturn:
@@ -395,7 +314,7 @@ _NO_TX = 1  # the request's transaction id is not looked at
 _TOOLS = 2  # domain 0 only, and not a worker
 _UNKNOWN: tuple[Handler, int] = (_unknown, _NO_TX)
 _OPERATIONS: dict[int, tuple[Handler, int]] = {
-    Op.CONTROL: (_control, _TOOLS),
+    Op.CONTROL: (control.control, _TOOLS),
     Op.DIRECTORY: (_directory, 0),
     Op.READ: (_read, 0),
     Op.GET_PERMS: (_get_perms, 0),
@@ -403,16 +322,20 @@ _OPERATIONS: dict[int, tuple[Handler, int]] = {
     Op.UNWATCH: (_unwatch, _NO_TX),
     Op.TRANSACTION_START: (_transaction_start, 0),
     Op.TRANSACTION_END: (_transaction_end, 0),
-    Op.INTRODUCE: (_introduce, _TOOLS),
-    Op.RELEASE: (_release, _TOOLS),
-    Op.GET_DOMAIN_PATH: (_get_domain_path, 0),
+    Op.INTRODUCE: (administration.introduce, _TOOLS),
+    Op.RELEASE: (administration.release, _TOOLS),
+    Op.GET_DOMAIN_PATH: (administration.get_domain_path, 0),
     Op.WRITE: (_write, 0),
     Op.MKDIR: (_mkdir, 0),
     Op.RM: (_rm, 0),
     Op.SET_PERMS: (_set_perms, 0),
-    Op.IS_DOMAIN_INTRODUCED: (_is_domain_introduced, _TOOLS),
-    Op.RESUME: (_resume, _TOOLS),
-    Op.SET_TARGET: (_set_target, _TOOLS),
+    Op.IS_DOMAIN_INTRODUCED: (administration.is_domain_introduced, _TOOLS),
+    Op.RESUME: (administration.resume, _TOOLS),
+    Op.SET_TARGET: (administration.set_target, _TOOLS),
     Op.RESET_WATCHES: (_reset_watches, 0),
     Op.DIRECTORY_PART: (_directory_part, 0),
+    Op.GET_FEATURE: (administration.get_feature, 0),
+    Op.SET_FEATURE: (administration.set_feature, _TOOLS),
+    Op.GET_QUOTA: (administration.get_quota, _TOOLS),
+    Op.SET_QUOTA: (administration.set_quota, _TOOLS),
 }

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Quotas:
-    """Limits of one guest: the C server's defaults. Domain 0 has none; a worker's are WORKER."""
+    """Limits of one guest: the C server's defaults, 0 = not checked. Domain 0 has none; a worker's are WORKER."""
 
     nodes: int = 1000
     watches: int = 128
@@ -35,8 +35,11 @@ class Quotas:
     path_bytes: int = 2048
     # Name, value and permissions
     node_bytes: int = 2048
-    # Watch events that wait for the client; beyond it they are dropped, as the C server does
+    # Nodes, watches, what open transactions have written, what waits for the client. Beyond it writes and watches are
+    # refused and watch events dropped, as the C server does
     memory_bytes: int = 2_621_440
+    # Beyond it there is a line in the log
+    memory_soft_bytes: int = 2_097_152
     # An event that another guest's request has fired counts as that request's reply until it is taken: who fires faster
     # than is read has to wait, but for so long at most
     unread_s: float = 20.0
@@ -46,12 +49,37 @@ class Quotas:
 # below one device (a vbd has 26, a vif of 16 queues some 100); transactions are client.TRANSACTIONS.
 WORKER = Quotas(nodes=256, watches=4096)
 
+# The C server's names (GET_QUOTA, SET_QUOTA, `xenstore-control quota`), and what they mean
+NAMES = {
+    "nodes": ("nodes", "Nodes per domain"),
+    "watches": ("watches", "Watches per domain"),
+    "outstanding": ("outstanding", "Outstanding requests per domain"),
+    "memory": ("memory_bytes", "Total Xenstore memory per domain"),
+    "soft-memory": ("memory_soft_bytes", "Total Xenstore memory per domain"),
+    "transactions": ("transactions", "Active transactions per domain"),
+    "transaction-nodes": ("transaction_nodes", "Max. number of accessed nodes per transaction"),
+    "node-permissions": ("permissions", "Max. number of permissions per node"),
+    "path-max": ("path_bytes", "Max. length of a node path"),
+    "node-size": ("node_bytes", "Max. size of a node"),
+}
+# Most that can be set: the C server's are int
+QUOTA_MAX = 0x7FFFFFFF
+# What a node costs besides path, value and permissions (8 bytes each): the C server's struct node_hdr
+NODE_HEADER = 24
+PERM_SIZE = 8
+
+
+def node_size(path: bytes, value: bytes, perms: wire.Perms) -> int:
+    """Bytes of memory that a node is charged with."""
+    return NODE_HEADER + len(path) + len(value) + PERM_SIZE * len(perms)
+
+
 # A tool of domain 0 that reads nothing is disconnected at so many bytes: 10,000 devices' worth of events
 PRIVILEGED_OUT_MAX = 16 << 20
 
 
 class Refusals:
-    """Counts what quotas refuse, and says it."""
+    """Counts what quotas refuse, and says it. Quotas go by the C server's names."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
@@ -78,15 +106,27 @@ class Refusals:
 
 
 class Domain:
-    """A domain as the store knows it. `named`: paths of nodes whose permissions name it; `owned`: how many it owns."""
+    """A domain as the store knows it.
 
-    __slots__ = ("connections", "domid", "introduced", "named", "owned", "quotas", "target")
+    `named`: paths of nodes whose permissions name it; `owned`: how many it owns; `node_bytes`: what those cost
+    `peaks`: the highest value of each quota so far; `configured`: a tool has set its features or quotas in advance
+    """
+
+    __slots__ = (
+        *("configured", "connections", "domid", "features", "introduced", "named", "node_bytes", "owned", "peaks"),
+        *("quotas", "softly", "target"),
+    )
 
     def __init__(self, domid: int, quotas: Quotas) -> None:
         self.domid = domid
         self.introduced = domid == 0
         self.target: int | None = None
+        self.features = wire.FEATURES
+        self.configured = False
         self.owned = 0
+        self.node_bytes = 0
+        self.peaks: dict[str, int] = {}
+        self.softly = False  # the soft quota was said
         self.named: set[bytes] = set()
         self.connections = 0
         self.quotas = quotas
@@ -94,21 +134,22 @@ class Domain:
     @property
     def idle(self) -> bool:
         """Nothing refers to it."""
-        return not (self.introduced or self.connections or self.named)
+        return not (self.introduced or self.connections or self.named or self.configured)
 
 
 class Connection:
     """One client: its watches, open transactions and what waits to be sent to it.
 
     `confine`: the guest that a worker serves; see server.Server.attach_socket.
-    `ready` is the store's list of connections with something new to send. The transport sets `flush` (send what waits)
-    and `on_close` (end, with the reason).
+    `ready` is the store's list of connections with something new to send. The transport sets `flush` (send what waits),
+    `on_close` (end, with the reason) and, where there is more to forget than is kept here, `on_reset`.
+    `conflicts`, `rivals`, `holder`, `held_at`: see contention.py.
     """
 
     __slots__ = (
-        *("_readable", "_writable", "caused", "confine", "domain", "domid", "flush", "home", "next_tx", "on_close"),
-        *("out", "out_bytes", "overflowed", "privileged", "quotas", "ready", "refusals", "replies", "transactions"),
-        *("unread", "watches"),
+        *("_readable", "_writable", "caused", "confine", "conflicts", "domain", "domid", "flush", "held_at", "holder"),
+        *("home", "next_tx", "on_close", "on_reset", "out", "out_bytes", "overflowed", "privileged", "quotas", "ready"),
+        *("refusals", "replies", "rivals", "transactions", "unread", "watch_bytes", "watches"),
     )
 
     def __init__(
@@ -130,8 +171,14 @@ class Connection:
         # Events that wait: whose request has fired them (None: domain 0's), and when
         self.unread: dict[bytes, tuple[Connection | None, float]] = {}
         self.caused = 0
+        self.watch_bytes = 0
+        self.conflicts = 0
+        self.rivals: dict[Connection, None] = {}
+        self.holder: Connection | None = None
+        self.held_at = float("-inf")
         self.ready = ready
         self.on_close: Callable[[str], None] | None = None
+        self.on_reset: Callable[[], None] | None = None
         self.flush: Callable[[], None] | None = None
         self.overflowed = False
         self.refusals = refusals
@@ -158,6 +205,41 @@ class Connection:
                 return mask
         return perms[0][1]
 
+    @property
+    def memory(self) -> int:
+        """What counts for the quota of memory, bytes."""
+        used = self.domain.node_bytes + self.watch_bytes + self.out_bytes
+        for view in self.transactions.values():
+            used += view.bytes
+        return used
+
+    def allows(self, quota: str, value: int) -> bool:
+        """Is `value` within the quota of this name? If so, it is remembered as the highest that was."""
+        quotas, domain = self.quotas, self.domain
+        if quotas is None:
+            return True
+        limit: int = getattr(quotas, NAMES[quota][0])
+        if limit and value > limit:
+            return False
+        if self.confine is None and value > domain.peaks.get(quota, 0):
+            domain.peaks[quota] = value
+        return True
+
+    def allows_memory(self, more: int) -> bool:
+        """May `more` bytes be added?"""
+        quotas, domain = self.quotas, self.domain
+        if quotas is None:
+            return True
+        value = self.memory + more
+        softly = 0 < quotas.memory_soft_bytes < value
+        if softly and not domain.softly:
+            log.warning(
+                "domain %d: xenstore: memory %d, soft quota %d (limit %d)",
+                *(self.domid, value, quotas.memory_soft_bytes, quotas.memory_bytes),
+            )
+        domain.softly = softly
+        return self.allows("memory", value)
+
     def reply(self, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
         """Queue a reply; one that is too long becomes E2BIG (XSA-72)."""
         if len(payload) > wire.PAYLOAD_MAX:
@@ -176,9 +258,12 @@ class Connection:
         size = wire.HEADER_SIZE + len(payload)
         if len(payload) > wire.PAYLOAD_MAX or (path[:1] != b"@" and payload in self.unread):
             return
-        limit = PRIVILEGED_OUT_MAX if self.quotas is None else self.quotas.memory_bytes
-        if self.out_bytes + size > limit:
-            self.refusals.note(self.domid, "WATCH_EVENT", "memory_bytes", self.out_bytes + size, limit)
+        if self.quotas is None or not self.quotas.memory_bytes:
+            limit, used = PRIVILEGED_OUT_MAX, self.out_bytes + size
+        else:
+            limit, used = self.quotas.memory_bytes, self.memory + size
+        if used > limit:
+            self.refusals.note(self.domid, "WATCH_EVENT", "memory", used, limit)
             # A domain-0 tool would wait for ever for what was dropped
             self.overflowed = self.overflowed or self.privileged
             self.ready[self] = None
@@ -234,5 +319,11 @@ class Connection:
     @property
     def busy(self) -> bool:
         """So much waits to be sent that no request is taken from the client now."""
-        limit = 20 if self.quotas is None else self.quotas.outstanding
-        return self.replies + self.caused >= limit
+        if self.holder is not None:
+            return True
+        if self.quotas is None:
+            return self.replies + self.caused >= Quotas.outstanding
+        # Not checked: then the room in its ring is what there is
+        limit = self.quotas.outstanding or 1 << 20
+        waiting = self.replies + self.caused
+        return waiting >= limit or not self.allows("outstanding", waiting)

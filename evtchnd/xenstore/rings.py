@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from ..errors import GuestError
 from ..stream import XENSTORE, XENSTORE_CONNECTION, XENSTORE_ERROR, XENSTORE_FEATURES, ByteStream
 from . import operations, wire
+from .contention import HOLD_S
 
 if TYPE_CHECKING:
     from .server import Server
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 
 # Requests of one guest in a row; then the others have their turn
 BATCH = 32
-_FEATURES = wire.FEATURE_RECONNECTION | wire.FEATURE_ERROR | wire.FEATURE_WATCHDEPTH
 _ONE = (1).to_bytes(8, "little")
 
 
@@ -58,6 +58,7 @@ class RingConnection:
         self.conn = server.store.connect(domid)
         self.conn.flush = self._flush
         self.conn.on_close = self._end
+        self.conn.on_reset = self._reintroduced
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._view = memoryview(page)
@@ -74,7 +75,7 @@ class RingConnection:
     def start(self) -> None:
         """Offer the features, then serve; what the guest has written before is served at once."""
         self._words[XENSTORE_ERROR // 4] = 0
-        self._words[XENSTORE_FEATURES // 4] = _FEATURES
+        self._words[XENSTORE_FEATURES // 4] = self.conn.domain.features
         self._loop.add_reader(self._kick, self._kicked)
         self._turn = self._loop.call_soon(self._pump)
 
@@ -94,7 +95,8 @@ class RingConnection:
     def _pump(self) -> None:
         self._turn = None
         try:
-            if self._words[XENSTORE_CONNECTION // 4] == wire.RING_RECONNECT:
+            offered = self.conn.domain.features & wire.FEATURE_RECONNECTION
+            if offered and self._words[XENSTORE_CONNECTION // 4] == wire.RING_RECONNECT:
                 self._reconnect()
             more = self._serve()
         except GuestError as error:
@@ -115,7 +117,9 @@ class RingConnection:
             if conn.busy:
                 # Not listened to until it has taken replies (then it kicks), or others the events that it has fired
                 self._waiting = True
-                if conn.caused:
+                if conn.holder is not None:
+                    self._server.expire_later(HOLD_S)
+                elif conn.caused:
                     self._server.expire_later()
                 return False
             self._waiting = False
@@ -167,6 +171,12 @@ class RingConnection:
                 if _ready(self._notify, select.POLLOUT):
                     os.write(self._notify, _ONE)
 
+    def _reintroduced(self) -> None:
+        """A tool wants it (INTRODUCE): the ring is fresh before the tool has its reply."""
+        if not self.closed:
+            self._reconnect()
+            self._tell()
+
     def _reconnect(self) -> None:
         """The guest wants a fresh ring: whatever was under way is dropped, in both directions."""
         self._server.store.reset(self.conn)
@@ -180,7 +190,8 @@ class RingConnection:
     def _end(self, reason: str, error: int = wire.ERROR_COMM) -> None:
         if not self.closed:
             log.warning("domain %d: xenstore ring: %s: not served any more", self.domid, reason)
-            self._words[XENSTORE_ERROR // 4] = error
+            if self.conn.domain.features & wire.FEATURE_ERROR:
+                self._words[XENSTORE_ERROR // 4] = error
             self._dirty = True
             self._tell()
             self.close()

@@ -242,10 +242,16 @@ class Server(LocalAccess):
             if conn.flush is not None:
                 conn.flush()
 
-    def expire_later(self) -> None:
-        """A guest waits for others to take events that it has fired: look now and then whether it has waited enough."""
-        if self._expiry is None:
-            self._expiry = asyncio.get_running_loop().call_later(EXPIRE_S, self._expire)
+    def expire_later(self, after: float | None = None) -> None:
+        """A guest waits for others (to take events that it has fired, to end a transaction that it has disturbed): look
+        now and then, or `after` seconds, whether it has waited enough."""
+        loop = asyncio.get_running_loop()
+        when = loop.time() + (EXPIRE_S if after is None else after)
+        if self._expiry is not None:
+            if self._expiry.when() <= when:
+                return
+            self._expiry.cancel()
+        self._expiry = loop.call_at(when, self._expire)
 
     def _expire(self) -> None:
         self._expiry = None

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from . import wire
-from .quota import Connection, Domain, Quotas, Refusals
+from .contention import Contention
+from .quota import Connection, Domain, Quotas, Refusals, node_size
 from .tree import Node, Transaction, Tree
 from .watches import Watch, Watches
 from .wire import XenStoreError
@@ -29,12 +30,15 @@ class XenStore:
     domains         those that are introduced, named in permissions or connected
     ready           connections that have something new to send
     generation      goes up with every change
+    trace           each request and its reply goes into the log
     `clock` (seconds) is for the rate of log lines and the age of events.
     """
 
     def __init__(self, quotas: Quotas | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.quotas = Quotas() if quotas is None else quotas
         self.refusals = Refusals(clock)
+        self.contention = Contention(clock)
+        self.trace = False
         self.domains: dict[int, Domain] = {}
         self.connections: dict[Connection, None] = {}
         self.ready: dict[Connection, None] = {}
@@ -85,12 +89,16 @@ class XenStore:
             self.ready.pop(conn, None)
 
     def expire(self) -> bool:
-        """Whoever waits for others to take its events waits for `unread_s` at most. True: somebody still waits."""
+        """Whoever waits for others to take its events waits for `unread_s` at most; see also contention.py.
+
+        True: somebody still waits.
+        """
         before = self.refusals.clock() - self.quotas.unread_s
         for conn in self.connections:
             if conn.unread:
                 conn.expire(before)
-        return any(conn.caused for conn in self.connections)
+            self.contention.expire(conn)
+        return any(conn.caused or conn.holder is not None for conn in self.connections)
 
     def reset(self, conn: Connection) -> None:
         """Watches, transactions and what waits to be sent go: a ring was reconnected."""
@@ -102,10 +110,13 @@ class XenStore:
         for watch in conn.watches.values():
             self.watches.remove(watch)
         conn.watches.clear()
+        conn.watch_bytes = 0
+        self.contention.dropped(conn)
         conn.transactions.clear()
 
     def add_watch(self, watch: Watch) -> None:
         watch.conn.watches[watch.path, watch.token] = watch
+        watch.conn.watch_bytes += len(watch.path) + len(watch.token)
         self.watches.add(watch)
 
     def remove_watch(self, conn: Connection, path: bytes, token: bytes) -> None:
@@ -113,14 +124,35 @@ class XenStore:
         watch = conn.watches.pop((path, token), None)
         if watch is None:
             raise XenStoreError("ENOENT", "no such watch")
+        conn.watch_bytes -= len(path) + len(token)
         self.watches.remove(watch)
 
     # ---- domains
 
     def introduce(self, domid: int) -> None:
-        """The domain exists: fires @introduceDomain."""
-        self.domain(domid).introduced = True
-        self._fire(INTRODUCED, True, None)
+        """The domain exists: fires @introduceDomain, unless it was introduced before."""
+        domain = self.domain(domid)
+        if not domain.introduced:
+            domain.introduced = True
+            self._fire_special(INTRODUCED, domid)
+
+    def reintroduce(self, domid: int) -> None:
+        """A domain that exists starts anew with its ring: nothing of its connection is kept."""
+        for conn in [conn for conn in self.connections if conn.domid == domid]:
+            self.reset(conn)
+            if conn.on_reset is not None:
+                conn.on_reset()
+
+    def set_quotas(self, domid: int | None, quotas: Quotas) -> None:
+        """From now on. None: of domains to come."""
+        if domid is None:
+            self.quotas = quotas
+            return
+        domain = self.domain(domid)
+        domain.quotas, domain.configured = quotas, True
+        for conn in self.connections:
+            if conn.domain is domain and not conn.privileged:
+                conn.quotas = quotas
 
     def release(self, domid: int) -> bool:
         """The domain is gone: its clients, nodes, permissions and quotas; then @releaseDomain fires.
@@ -156,7 +188,7 @@ class XenStore:
         self.domains.pop(domid, None)
         self.refusals.forget(domid)
         if introduced:
-            self._fire(RELEASED, True, None)
+            self._fire_special(RELEASED, domid)
         return True
 
     # ---- publishing
@@ -171,6 +203,8 @@ class XenStore:
             tree, events = view.merged(self.tree), view.events
             before = {path: self.tree.get(path) for path in view.changes}
         now.base = now.tree = tree
+        if self.cause is not None:
+            self.contention.wrote(self.cause, before)
         for path, old in before.items():
             self._account(path, old, tree.get(path))
         for path, subtree in events.items():
@@ -183,23 +217,29 @@ class XenStore:
 
     def _account(self, path: bytes, old: Node | None, new: Node | None) -> None:
         if old is not None and new is not None and old.perms is new.perms:
+            if owner := old.perms[0][0]:
+                self.domains[owner].node_bytes += len(new.value) - len(old.value)
             return
         if old is not None:
             for domid, _ in old.perms:
                 if domid:
                     self.domains[domid].named.discard(path)
             if old.owner:
-                self.domains[old.owner].owned -= 1
+                domain = self.domains[old.owner]
+                domain.owned -= 1
+                domain.node_bytes -= node_size(path, old.value, old.perms)
         if new is not None:
             for domid, _ in new.perms:
                 if domid:
                     self.domain(domid).named.add(path)
             if new.owner:
-                self.domain(new.owner).owned += 1
+                domain = self.domain(new.owner)
+                domain.owned += 1
+                domain.node_bytes += node_size(path, new.value, new.perms)
         if old is not None:
             for domid, _ in old.perms:
                 # Any of 65,536 numbers may be named in permissions: what is not used is not kept
-                if domid and (domain := self.domains.get(domid)) is not None and domain.idle:
+                if domid and (unused := self.domains.get(domid)) is not None and unused.idle:
                     del self.domains[domid]
 
     def _fire(self, path: bytes, subtree: bool, old: Node | None) -> None:
@@ -212,6 +252,19 @@ class XenStore:
                 permitted = allowed[conn] = conn.privileged or self._may_see(conn, path, old)
             if permitted:
                 conn.event(path[watch.strip :], watch.token, self.cause)
+
+    def _fire_special(self, name: bytes, domid: int) -> None:
+        """Watches of `@name`, then of `@name/<domid>`, which one of `@name` with a depth gets, too."""
+        node = self.tree.get(name)
+        if node is None:
+            return
+        one = b"%b/%d" % (name, domid)
+        told = [(watch, name) for watch in self.watches.exactly(name) if watch.depth is None]
+        told += [(watch, one) for watch in self.watches.exactly(one)]
+        told += [(watch, one) for watch in self.watches.exactly(name) if watch.depth]
+        for watch, path in told:
+            if watch.conn.privileged or watch.conn.rights(node.perms) & wire.PERM_READ:
+                watch.conn.event(path, watch.token)
 
     def _may_see(self, conn: Connection, path: bytes, old: Node | None) -> bool:
         """The node, as it is or was, or its parent is readable (XSA-115); a special one by its own permissions."""
@@ -226,10 +279,12 @@ class XenStore:
         """Faults of the tree and of the accounts; [] when all is well."""
         faults = []
         owned: dict[int, int] = {}
+        sizes: dict[int, int] = {}
         count = 0
         for path, node in self._everything():
             count += 1
             owned[node.owner] = owned.get(node.owner, 0) + 1
+            sizes[node.owner] = sizes.get(node.owner, 0) + node_size(path, node.value, node.perms)
             faults += [
                 f"{path!r}: domain {domid} does not know of it"
                 for domid, _ in node.perms
@@ -242,6 +297,28 @@ class XenStore:
             for domid, domain in self.domains.items()
             if domid and domain.owned != owned.get(domid, 0)
         ]
+        faults += [
+            f"domain {domid}: {domain.node_bytes} bytes counted, {sizes.get(domid, 0)} are there"
+            for domid, domain in self.domains.items()
+            if domid and domain.node_bytes != sizes.get(domid, 0)
+        ]
+        return faults + self._check_connections()
+
+    def _check_connections(self) -> list[str]:
+        faults = []
+        watches = transactions = 0
+        for conn in self.connections:
+            watches += len(conn.watches)
+            transactions += len(conn.transactions)
+            watch_bytes = sum(len(path) + len(token) for path, token in conn.watches)
+            if conn.watch_bytes != watch_bytes:
+                faults.append(f"domain {conn.domid}: {conn.watch_bytes} bytes of watches counted, not {watch_bytes}")
+            if conn.out_bytes != sum(map(len, conn.out)):
+                faults.append(f"domain {conn.domid}: {conn.out_bytes} bytes wait, as counted")
+        if watches != len(self.watches):
+            faults.append(f"{len(self.watches)} watches, connections have {watches}")
+        if transactions != self.contention.open:
+            faults.append(f"{self.contention.open} transactions counted, connections have {transactions}")
         return faults
 
     def _everything(self) -> Iterator[tuple[bytes, Node]]:

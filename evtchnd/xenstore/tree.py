@@ -215,9 +215,10 @@ class Transaction:
     `events`    path -> True: for watches of the path and above it; False: of this path only (below what was removed)
     `last`      generation of the last removal
     `growth`    domid -> nodes it owns more (or fewer) than in `base`
+    `bytes`     what the nodes that it has written cost until its end (quota.node_size, without permissions)
     """
 
-    __slots__ = ("base", "changes", "events", "failed", "growth", "last", "touched", "tree")
+    __slots__ = ("base", "bytes", "changes", "events", "failed", "growth", "last", "touched", "tree")
 
     def __init__(self, tree: Tree, *, record: bool) -> None:
         self.base = tree
@@ -226,6 +227,7 @@ class Transaction:
         self.changes: dict[bytes, Node | None] = {}
         self.events: dict[bytes, bool] = {}
         self.growth: dict[int, int] = {}
+        self.bytes = 0
         self.last = 0
         self.failed = False
 
@@ -242,6 +244,8 @@ class Transaction:
 
     def update(self, path: bytes, node: Node, value: bytes, perms: wire.Perms, generation: int) -> None:
         """New content for `node`, which is at `path`."""
+        if self.touched is not None:
+            self.bytes += len(value) - len(node.value) if path in self.changes else len(path) + len(value)
         self.changes.setdefault(path, node)
         if perms is not node.perms and perms[0][0] != node.owner:
             self._grow(node.owner, -1)
@@ -250,6 +254,8 @@ class Transaction:
 
     def create(self, path: bytes, value: bytes, perms: wire.Perms, generation: int) -> None:
         """A new node under a parent that exists."""
+        if self.touched is not None:
+            self.bytes += len(value) if path in self.changes else len(path) + len(value)
         self.changes.setdefault(path, None)
         self._grow(perms[0][0], 1)
         self.tree = self.tree.create(path, value, perms, generation)
@@ -260,6 +266,8 @@ class Transaction:
         doomed = list(self.tree.walk(path))
         for below, node in reversed(doomed):
             self.touch(below, ALL)
+            if self.touched is not None:
+                self.bytes += -len(node.value) if below in self.changes else len(below)
             self.changes.setdefault(below, node)
             self._grow(node.owner, -1)
             self.events.setdefault(below, False)
@@ -276,26 +284,26 @@ class Transaction:
     def _grow(self, domid: int, by: int) -> None:
         self.growth[domid] = self.growth.get(domid, 0) + by
 
-    def conflicts(self, tree: Tree) -> bool:
-        """Has something changed in `tree` that the owner relied on? Per path and part of a node: a sibling is none."""
+    def conflict(self, tree: Tree) -> bytes | None:
+        """A path that has changed in `tree` and that the owner relied on, by part of a node: a sibling is none."""
         if tree is self.base or self.touched is None:
-            return False
+            return None
         for path, what in self.touched.items():
             then, now = self.base.get(path), tree.get(path)
             if then is now:
                 continue
             if then is None or now is None:
-                return True
+                return path
             if what & VALUE and then.value != now.value:
-                return True
+                return path
             if what & PERMS and then.perms != now.perms:
-                return True
+                return path
             if what & CHILDREN and then.children is not now.children:
-                return True
-        return False
+                return path
+        return None
 
     def merged(self, tree: Tree) -> Tree:
-        """`tree` with this transaction's changes; `conflicts(tree)` is False."""
+        """`tree` with this transaction's changes; `conflict(tree)` is None."""
         if tree is self.base:
             return self.tree
         final = {path: self.tree.get(path) for path in self.changes}

@@ -60,7 +60,7 @@ class Watches:
         if not by_path:
             return
         if path != b"/":
-            yield from by_path.get(b"/", ())
+            yield from (watch for watch in by_path.get(b"/", ()) if watch.reaches(path))
         at = path.find(b"/", 1)
         while at > 0:
             group = by_path.get(path[:at])

@@ -52,6 +52,10 @@ class Op(IntEnum):
     SET_TARGET = 19
     RESET_WATCHES = 21
     DIRECTORY_PART = 22
+    GET_FEATURE = 23
+    SET_FEATURE = 24
+    GET_QUOTA = 25
+    SET_QUOTA = 26
 
 
 # Only these may be sent: clients translate the string by their own copy of xs_wire.h's table.
@@ -67,6 +71,7 @@ RING_RECONNECT = 1
 FEATURE_RECONNECTION = 1 << 0
 FEATURE_ERROR = 1 << 1
 FEATURE_WATCHDEPTH = 1 << 2
+FEATURES = FEATURE_RECONNECTION | FEATURE_ERROR | FEATURE_WATCHDEPTH
 ERROR_COMM = 1
 ERROR_RINGIDX = 2
 ERROR_PROTO = 3
@@ -81,6 +86,14 @@ class XenStoreError(EvtchndError, OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+class PathTooLongError(XenStoreError):
+    """EINVAL: `.size` is above the quota."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__("EINVAL", "path is too long")
+        self.size = size
 
 
 class ProtocolError(EvtchndError):
@@ -147,14 +160,15 @@ def canonical(path: bytes, home: bytes, *, special: bool = False, quota: int = A
     size = len(path)
     if size > quota and (match := _DOMAIN_PREFIX.match(path)) is not None:
         size -= match.end()
-    if size > quota or size > ABS_PATH_MAX:
-        raise XenStoreError("EINVAL", "path is too long")
+    if size > quota or len(path) > ABS_PATH_MAX:
+        raise PathTooLongError(size)
     return path
 
 
 def parent_of(path: bytes) -> bytes:
-    """The path of the node above; `/` for a node at the top and for `/` itself."""
-    return path[: path.rfind(b"/")] or b"/"
+    """The path of the node above; `/` for a node at the top, for a special one and for `/` itself."""
+    at = path.rfind(b"/")
+    return path[:at] if at > 0 else b"/"
 
 
 def child_of(path: bytes, name: bytes) -> bytes:
