@@ -19,7 +19,6 @@ from typing import Any
 from evtchnd.bench.report import Report, median
 from evtchnd.bench.wakeupserved import build
 from evtchnd.bench.xenstoreserved import Load, Server
-from evtchnd.errors import HostError
 
 SOURCE = Path(__file__).with_name("xenstoreload.c")
 ECHO, SMALL, MIDDLE, LARGE = "echo", "1k", "100k", "1m"

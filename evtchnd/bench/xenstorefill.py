@@ -1,9 +1,9 @@
 """The nodes that `evtchnd-bench xenstore` works on; xenstoreload.c has the same paths.
 
-    /bench/<k / 1000>/<k / 10 % 100>/<k % 10>     value of 12 bytes, as devices' directories are: ten in each
-    /siblings/10/<k>, /siblings/10000/<k>         neighbours in one directory
-    /thousand/<k>                                 what is listed
-    /made, /watched/this
+/bench/<k / 1000>/<k / 10 % 100>/<k % 10>     value of 12 bytes, as devices' directories are: ten in each
+/siblings/10/<k>, /siblings/10000/<k>         neighbours in one directory
+/thousand/<k>                                 what is listed
+/made, /watched/this
 """
 
 from __future__ import annotations

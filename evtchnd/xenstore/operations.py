@@ -148,8 +148,7 @@ def _read(request: Request) -> bytes:
 
 
 def _directory(request: Request) -> bytes:
-    names = _readable(request, wire.one_string(request.payload), CHILDREN).names()
-    return b"\0".join([*names, b""]) if names else b""
+    return _readable(request, wire.one_string(request.payload), CHILDREN).listing()
 
 
 def _directory_part(request: Request) -> bytes:
@@ -159,7 +158,7 @@ def _directory_part(request: Request) -> bytes:
         raise XenStoreError("EINVAL")
     node = _readable(request, texts[0], CHILDREN)
     offset = wire.number(texts[1], 0xFFFFFFFF)
-    names = b"".join([name + b"\0" for name in node.names()])
+    names = node.listing()
     head = b"%d\0" % node.generation
     room = wire.PAYLOAD_MAX - len(head) - 1
     if len(names) - offset <= room:

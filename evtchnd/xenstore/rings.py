@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Requests of one guest in a row; then the others have their turn
-BATCH = 32
+# Looks at one guest's ring in a row, each for one request; then the others have their turn
+BATCH = 4
 _ONE = (1).to_bytes(8, "little")
 
 
@@ -68,7 +68,7 @@ class RingConnection:
         self._sending = b""
         self._waiting = False  # a request may lie in the ring, untouched
         self._dirty = False  # something was consumed or produced: the guest is notified once
-        self._turn: asyncio.Handle | None = None
+        self._queued = False  # it has a turn
         self._kick = _own(kick)
         self._notify = _own(notify)
 
@@ -77,7 +77,17 @@ class RingConnection:
         self._words[XENSTORE_ERROR // 4] = 0
         self._words[XENSTORE_FEATURES // 4] = self.conn.domain.features
         self._loop.add_reader(self._kick, self._kicked)
-        self._turn = self._loop.call_soon(self._pump)
+        self._later()
+
+    def _later(self) -> None:
+        self._queued = True
+        self._server.turns.add(self)
+
+    def turn(self) -> bool:
+        """turns.Pump; it has itself added again."""
+        self._queued = False
+        self._pump()
+        return False
 
     def _kicked(self) -> None:
         try:
@@ -89,11 +99,10 @@ class RingConnection:
         except OSError as error:
             self._end(f"event channel: {error.strerror}", wire.ERROR_COMM)
             return
-        if self._turn is None:
+        if not self._queued:
             self._pump()
 
     def _pump(self) -> None:
-        self._turn = None
         try:
             offered = self.conn.domain.features & wire.FEATURE_RECONNECTION
             if offered and self._words[XENSTORE_CONNECTION // 4] == wire.RING_RECONNECT:
@@ -105,8 +114,10 @@ class RingConnection:
             self._end(str(error), wire.ERROR_PROTO)
         else:
             if more:
-                self._turn = self._loop.call_soon(self._pump)
-            self._tell()
+                # it is told when it has had all its turns; its quota of outstanding replies ends them
+                self._later()
+            else:
+                self._tell()
         self._server.flush()
 
     def _serve(self) -> bool:
@@ -151,10 +162,10 @@ class RingConnection:
 
     def _flush(self) -> None:
         """An event has come up by somebody else's request."""
-        if self._turn is not None or self.closed:
+        if self._queued or self.closed:
             return
         if self._waiting and not self.conn.busy:
-            self._turn = self._loop.call_soon(self._pump)
+            self._later()
             return
         try:
             self._send()
@@ -202,9 +213,9 @@ class RingConnection:
             return
         self.closed = True
         self._loop.remove_reader(self._kick)
-        if self._turn is not None:
-            self._turn.cancel()
-            self._turn = None
+        if self._queued:
+            self._server.turns.discard(self)
+            self._queued = False
         os.close(self._kick)
         os.close(self._notify)
         self._stream.close()

@@ -6,8 +6,9 @@ whole. Publishing replaces one root by another, then brings the accounts up to d
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from . import wire
 from .contention import Contention
@@ -20,6 +21,11 @@ __all__ = ["Connection", "Domain", "Quotas", "XenStore"]
 
 INTRODUCED = b"@introduceDomain"
 RELEASED = b"@releaseDomain"
+# So many new nodes, and the garbage collector is told not to look at those that are there: a full collection of a
+# million nodes stops everything for a second, and nodes are no part of cycles. What it looks at takes 2 ms then.
+_SETTLED_NODES = 10_000
+# Nodes between two pauses of a walk: half a millisecond
+_STEP = 256
 DOMAIN_0: wire.Perms = ((0, wire.PERM_NONE),)
 
 
@@ -39,6 +45,9 @@ class XenStore:
         self.refusals = Refusals(clock)
         self.contention = Contention(clock)
         self.trace = False
+        # Who goes on with a long walk now and then; None: it is done at once
+        self.later: Callable[[Generator[None, None, None]], None] | None = None
+        self._settle_at = _SETTLED_NODES
         self.domains: dict[int, Domain] = {}
         self.connections: dict[Connection, None] = {}
         self.ready: dict[Connection, None] = {}
@@ -203,6 +212,12 @@ class XenStore:
             tree, events = view.merged(self.tree), view.events
             before = {path: self.tree.get(path) for path in view.changes}
         now.base = now.tree = tree
+        if len(tree) >= self._settle_at:
+            gc.collect(1)  # what is garbage now would be kept for ever
+            gc.freeze()
+            self._settle_at = len(tree) + _SETTLED_NODES
+        elif len(tree) < self._settle_at - 2 * _SETTLED_NODES:
+            self._settle_at = len(tree) + _SETTLED_NODES
         if self.cause is not None:
             self.contention.wrote(self.cause, before)
         for path, old in before.items():
@@ -277,32 +292,48 @@ class XenStore:
 
     def check(self) -> list[str]:
         """Faults of the tree and of the accounts; [] when all is well."""
-        faults = []
+        walk = self.check_steps()
+        while True:
+            try:
+                next(walk)
+            except StopIteration as end:
+                faults: list[str] = end.value
+                return faults
+
+    def check_steps(self) -> Generator[None, None, list[str]]:
+        """`check` of the store as it is now, in steps: others may change it in between."""
+        faults = self._check_connections()
+        tree = self.tree
+        counted = {domid: (domain.owned, domain.node_bytes) for domid, domain in self.domains.items()}
         owned: dict[int, int] = {}
         sizes: dict[int, int] = {}
         count = 0
-        for path, node in self._everything():
+        for path, node in self._everything(tree):
             count += 1
+            if count % _STEP == 0:
+                yield
             owned[node.owner] = owned.get(node.owner, 0) + 1
             sizes[node.owner] = sizes.get(node.owner, 0) + node_size(path, node.value, node.perms)
             faults += [
                 f"{path!r}: domain {domid} does not know of it"
                 for domid, _ in node.perms
-                if domid and (domid not in self.domains or path not in self.domains[domid].named)
+                if domid
+                and (domid not in self.domains or path not in self.domains[domid].named)
+                and self.tree.get(path) is node
             ]
-        if count != len(self.tree):
-            faults.append(f"{len(self.tree)} nodes, {count} are reachable")
+        if count != len(tree):
+            faults.append(f"{len(tree)} nodes, {count} are reachable")
         faults += [
-            f"domain {domid}: {domain.owned} nodes counted, {owned.get(domid, 0)} are there"
-            for domid, domain in self.domains.items()
-            if domid and domain.owned != owned.get(domid, 0)
+            f"domain {domid}: {nodes} nodes counted, {owned.get(domid, 0)} are there"
+            for domid, (nodes, _) in counted.items()
+            if domid and nodes != owned.get(domid, 0)
         ]
         faults += [
-            f"domain {domid}: {domain.node_bytes} bytes counted, {sizes.get(domid, 0)} are there"
-            for domid, domain in self.domains.items()
-            if domid and domain.node_bytes != sizes.get(domid, 0)
+            f"domain {domid}: {size} bytes counted, {sizes.get(domid, 0)} are there"
+            for domid, (_, size) in counted.items()
+            if domid and size != sizes.get(domid, 0)
         ]
-        return faults + self._check_connections()
+        return faults
 
     def _check_connections(self) -> list[str]:
         faults = []
@@ -321,9 +352,9 @@ class XenStore:
             faults.append(f"{self.contention.open} transactions counted, connections have {transactions}")
         return faults
 
-    def _everything(self) -> Iterator[tuple[bytes, Node]]:
-        yield from self.tree.walk()
+    def _everything(self, tree: Tree) -> Iterator[tuple[bytes, Node]]:
+        yield from tree.walk()
         for path in (INTRODUCED, RELEASED):
-            node = self.tree.get(path)
+            node = tree.get(path)
             if node is not None:
                 yield path, node

@@ -3,9 +3,10 @@
 A `Tree` never changes: `tree = tree.update(...)` shares all but some hundred bytes with the one before, so that
 keeping an old root costs nothing. The map goes by the whole path (Python's keyed hash: a guest cannot aim at a bucket),
 so no cost depends on a node's depth, on the number of its siblings or on the size of the store, apart from the depth of
-the map: one level more for 16 times as many nodes.
+the map: one level more for 32 times as many nodes. A change touches each entry of the dicts and lists that it copies,
+and those are cold: so both are short.
 
-    Tree -> 16 -> 16 -> ... -> {path: Node} of at most 64      (a tree or a directory of up to 64 is that one dict)
+    Tree -> 32 -> 32 -> ... -> {path: Node} of at most 32      (a tree or a directory of up to 32 is that one dict)
     Node.children -> the same kind of map, {name: order of creation}
 """
 
@@ -19,11 +20,10 @@ from . import wire
 
 V = TypeVar("V")
 
-_FANOUT_BITS = 4
+_FANOUT_BITS = 5
 _FANOUT = 1 << _FANOUT_BITS
 _MASK = _FANOUT - 1
-# A copy of a dict this large takes a third of a microsecond, what the levels above it cost together.
-_LEAF_MAX = 64
+_LEAF_MAX = 32
 # Past this the hash has no bits left: a leaf may grow beyond its size instead.
 _SHIFT_MAX = 60
 
@@ -31,13 +31,14 @@ _SHIFT_MAX = 60
 class PMap(Generic[V]):
     """A persistent map with bytes as keys; `items()` come in no order."""
 
-    __slots__ = ("_count", "_root")
+    __slots__ = ("_count", "_root", "listed")
     _root: Any  # dict of entries, or list of _FANOUT of such; never changed once it is reachable from a map
     _count: int
 
     def __init__(self, _root: Any = None, _count: int = 0) -> None:
         self._root = {} if _root is None else _root
         self._count = _count
+        self.listed: bytes | None = None  # see Node.listing
 
     def __len__(self) -> int:
         return self._count
@@ -91,7 +92,7 @@ class PMap(Generic[V]):
         return root, count
 
     def _remove(self, key: bytes) -> tuple[Any, int]:
-        # Emptied leaves stay: the map of a store that shrank keeps its levels, 16 small dicts for each
+        # Emptied leaves stay: the map of a store that shrank keeps its levels, 32 small dicts for each
         node = self._root.copy()
         root = node
         bits = hash(key)
@@ -142,9 +143,20 @@ class Node:
 
     def names(self) -> list[bytes]:
         """The children's names in the order of their creation: Linux numbers its devices by it."""
-        if self.children is None:
-            return []
-        return [name for name, _ in sorted(self.children.items(), key=itemgetter(1))]
+        return self.listing().split(b"\0")[:-1]
+
+    def listing(self) -> bytes:
+        """`names()`, each with a NUL at its end. Kept: a long directory is read in many parts."""
+        children = self.children
+        if children is None:
+            return b""
+        found = children.listed
+        if found is None:
+            names = [name for name, _ in sorted(children.items(), key=itemgetter(1))]
+            found = b"\0".join([*names, b""])
+            if len(children) > _LEAF_MAX:
+                children.listed = found
+        return found
 
 
 class Tree(PMap[Node]):
