@@ -158,6 +158,15 @@ def test_quotas_of_a_running_guest(daemon: Running) -> None:
     ask(daemon, "quota", "default", "watches", "128")
 
 
+def test_quotas_of_the_config(tmp_path: Path) -> None:
+    file = tmp_path / "evtchnd.toml"
+    file.write_text("[xenstore]\nwatches = 77\n[[domains]]\ndomid = 7\nxenstore = {nodes = 1234}\n")
+    with running(tmp_path / "run", "--config", str(file)) as it, SoftVmm(it.folder / "vmm.sock", 7, memory=8 << 20):
+        quotas = ask(it, "quota", "7")
+        assert (quotas["nodes"]["limit"], quotas["watches"]["limit"]) == (1234, 77)
+        assert ask(it, "quota", "default", "nodes") == {"nodes": {"limit": 1000}}
+
+
 def on_a_terminal(daemon: Running, *arguments: str, **environment: str) -> str:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "evtchnd.cli.evtchnctl", "--runtime-dir", str(daemon.folder), "xenstore"]

@@ -97,6 +97,12 @@ def test_each_fault_names_the_file_that_said_it(file: Path) -> None:
         ("[limits]\nrestart_pause_s=60", "evtchnd.toml:limits.restart_pause_s: above limits.restart_pause_max_s (30)"),
         ("[limits]\ndomains=true", "evtchnd.toml:limits.domains: expected int, got bool"),
         ("'a.b'=1", "evtchnd.toml:a.b: no such key"),
+        ("[[domains]]\ndomid=1\nxenstore={nodes=0}", "evtchnd.toml:domains[0].xenstore.nodes: expected int >= 1"),
+        ("[[domains]]\ndomid=1\nxenstore={node=5}", "evtchnd.toml:domains[0].xenstore.node: no such key"),
+        (
+            "[[domains]]\ndomid=1\nxenstore={unread_s=5}",
+            "evtchnd.toml:domains[0].xenstore.unread_s: is the same for all",
+        ),
         ("[[domains]]\ndomid=32752", "evtchnd.toml:domains[0].domid: expected int <= 32751"),
         ("[[domains]]\ndomid=1\n[[domains]]\ndomid=1", "domains[1].domid: domain 1 has an entry already"),
         (
@@ -170,3 +176,12 @@ def test_whatever_a_file_says_ends_as_a_config_or_as_faults(tree: dict[str, obje
     for key, reason in [*wrong, *config._cross_checks(got)]:
         assert key and reason and "\n" not in reason
         assert origins.name(key).startswith("f:"), key
+
+
+def test_quotas_of_one_domain(file: Path) -> None:
+    file.write_text("[xenstore]\nwatches=7\n[[domains]]\ndomid=1\nxenstore={nodes=5}\n[[domains]]\ndomid=2\n")
+    config = load(file)
+    own = config.xenstore_of(1)
+    assert own is not None
+    assert (own.nodes, own.watches, own.transactions) == (5, 7, 10)
+    assert (config.xenstore_of(2), config.xenstore_of(3)) == (None, None)

@@ -231,7 +231,9 @@ def test_memory_counts_nodes_watches_and_transactions(store: XenStore, tool: Gue
     assert store.refusals.counts == {(7, "memory"): 5}
 
 
-def test_the_soft_quota_is_said_once(tool: Guest, guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_soft_quota_is_said_once(
+    tool: Guest, guest: Guest, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
     tool.ask(Op.SET_QUOTA, b"7\0soft-memory\x003000\0")
     for number in range(4):
@@ -240,8 +242,15 @@ def test_the_soft_quota_is_said_once(tool: Guest, guest: Guest, caplog: pytest.L
     assert caplog.records[0].getMessage().startswith("domain 7: xenstore: memory 3")
     for number in range(4):
         guest.rm(f"data/{number}")
-    guest.write("data/0", "x" * 1500)
-    guest.write("data/1", "x" * 1500)
+    for _ in range(9):
+        guest.write("data/0", "x" * 1500)
+        guest.write("data/1", "x" * 1500)
+        guest.rm("data/1")
+    assert len(caplog.records) == 1
+    clock[0] = 1.0
+    guest.write("data/0", "x")
+    guest.write("data/1", "x" * 2000)
+    guest.write("data/2", "x" * 2000)
     assert len(caplog.records) == 2
 
 

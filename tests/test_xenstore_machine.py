@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from evtchnd.xenstore import wire
 from evtchnd.xenstore.operations import handle
-from evtchnd.xenstore.quota import Connection
+from evtchnd.xenstore.quota import Connection, Quotas
 from evtchnd.xenstore.store import XenStore
 from evtchnd.xenstore.wire import PERM_READ, Op
 from scale import scaled
@@ -26,6 +26,8 @@ perms = st.tuples(
     st.tuples(st.sampled_from([0, 7, 8]), st.integers(0, 3)), st.tuples(st.sampled_from([7, 8]), st.integers(0, 3))
 )
 reads = st.sampled_from([Op.READ, Op.DIRECTORY, Op.GET_PERMS])
+# Few enough to be reached
+NODES_MAX = 6
 Log = list[tuple[Op, str, object, Reply]]
 
 
@@ -44,18 +46,26 @@ class StoreMachine(RuleBasedStateMachine):
         # What a transaction sees, what it has done, how much of `changed` came before it
         self.logs: dict[tuple[int, int], tuple[Model, Log, int]] = {}
         self.changed: list[str] = []
+        # what a transaction's owner had at its start
+        self.had: dict[tuple[int, int], int] = {}
+        self.model.limit = NODES_MAX
         for domid in (7, 8):
-            self.store.introduce(domid)
+            self.store.set_quotas(domid, Quotas(nodes=NODES_MAX))
 
     @initialize()
     def boot(self) -> None:
         for domid in (7, 8):
-            home = f"/local/domain/{domid}"
-            for path, what in ((home, ((0, 0), (domid, 1))), (home + "/data", ((domid, 0),))):
-                assert self.both(0, Op.WRITE, path, b"") == ("OK", None)
-                assert self.both(0, Op.SET_PERMS, path, what) == ("OK", None)
-            handle(self.store, self.conns[domid], Op.WATCH, 1, 0, b"/\0t\0")
-            self.conns[domid].clear()
+            self.boot_one(domid)
+
+    def boot_one(self, domid: int) -> None:
+        self.store.introduce(domid)
+        self.store.set_quotas(domid, Quotas(nodes=NODES_MAX))
+        home = f"/local/domain/{domid}"
+        for path, what in ((home, ((0, 0), (domid, 1))), (home + "/data", ((domid, 0),))):
+            assert self.both(0, Op.WRITE, path, b"") == ("OK", None)
+            assert self.both(0, Op.SET_PERMS, path, what) == ("OK", None)
+        handle(self.store, self.conns[domid], Op.WATCH, 1, 0, b"/\0t\0")
+        self.conns[domid].clear()
 
     # ---- asking
 
@@ -136,6 +146,7 @@ class StoreMachine(RuleBasedStateMachine):
         handle(self.store, conn, Op.TRANSACTION_START, 1, 0, b"\0")
         tx = int(conn.take()[16:-1])
         self.logs[who, tx] = (self.model.copy(), [], len(self.changed))
+        self.had[who, tx] = self.model.owned(who)
         return who, tx
 
     @rule(which=transactions, op=reads, path=paths)
@@ -160,8 +171,10 @@ class StoreMachine(RuleBasedStateMachine):
         who, tx = which
         view, log, _ = self.logs[which]
         reply = self.ask(who, op, path, arg, tx)
-        assert reply == view.apply(who, op, path, arg), (who, op, path, arg)
-        log.append((op, path, arg, reply))
+        elsewhere = self.model.owned(who) - self.had[which]
+        assert reply == view.apply(who, op, path, arg, elsewhere=elsewhere), (who, op, path, arg)
+        if reply[0] != "ENOSPC":
+            log.append((op, path, arg, reply))
         self.events_are_allowed(self.model)
 
     @rule(which=consumes(transactions), commit=st.booleans())
@@ -169,14 +182,21 @@ class StoreMachine(RuleBasedStateMachine):
         if which not in self.logs:
             return
         who, tx = which
-        _, log, since = self.logs.pop(which)
+        view, log, since = self.logs.pop(which)
         before = self.model.copy()
+        growth = view.owned(who) - self.had.pop(which)
         reply = self.raw_end(who, tx, b"T\0" if commit else b"F\0")
         if not commit:
             assert reply == "OK"
         elif reply == "OK":
+            self.model.limit = 1000
             for op, path, arg, answer in log:
                 assert self.model.apply(who, op, path, arg) == answer, "the commit was no single moment"
+            self.model.limit = NODES_MAX
+            assert who == 0 or growth <= 0 or self.model.owned(who) <= NODES_MAX
+        elif reply == "ENOSPC":
+            assert growth > 0
+            assert self.model.owned(who) + growth > NODES_MAX
         else:
             assert reply == "EAGAIN"
             near = [(path, other) for _, path, _, _ in log for other in self.changed[since:]]
@@ -188,6 +208,25 @@ class StoreMachine(RuleBasedStateMachine):
         conn = self.conns[who]
         handle(self.store, conn, Op.TRANSACTION_END, 1, tx, verdict)
         return next("OK" if m[0] != Op.ERROR else m[16:-1].decode() for m in conn.out if m[0] != Op.WATCH_EVENT)
+
+    @rule(who=st.sampled_from([7, 8]), whom=st.sampled_from([7, 8]))
+    def stand_in(self, who: int, whom: int) -> None:
+        handle(self.store, self.conns[0], Op.SET_TARGET, 1, 0, b"%d\0%d\0" % (who, whom))
+        self.conns[0].clear()
+        self.model.targets[who] = whom
+
+    @rule(who=st.sampled_from([7, 8]))
+    def reboot(self, who: int) -> None:
+        """The next domain of this number inherits nothing."""
+        before = Model(dict(self.model.nodes), dict(self.model.targets))
+        assert self.store.release(who)
+        assert who not in self.store.domains
+        self.model.release(who)
+        self.logs = {which: log for which, log in self.logs.items() if which[0] != who}
+        self.conns[who].clear()
+        self.events_are_allowed(before)
+        self.conns[who] = self.store.connect(who)
+        self.boot_one(who)
 
     @rule(who=st.sampled_from([7, 8]))
     def reset(self, who: int) -> None:
@@ -204,6 +243,18 @@ class StoreMachine(RuleBasedStateMachine):
     def nodes_are_the_models(self) -> None:
         nodes = {path.decode(): (node.value, node.perms) for path, node in self.store.tree.walk()}
         assert nodes == self.model.nodes
+
+    @invariant()
+    def quotas_hold(self) -> None:
+        for who in (7, 8):
+            domain = self.store.domains[who]
+            assert domain.owned == self.model.owned(who)
+            sizes = [
+                24 + len(path.encode()) + len(value) + 8 * len(perms)
+                for path, (value, perms) in self.model.nodes.items()
+                if perms[0][0] == who
+            ]
+            assert domain.node_bytes == sum(sizes)
 
     @invariant()
     def accounts_hold(self) -> None:

@@ -529,6 +529,20 @@ def test_xsa_322_417_a_reused_domid_inherits_nothing(store: XenStore, tool: Gues
     assert store.check() == []
 
 
+def test_xsa_322_417_nor_what_a_transaction_grants_to_who_is_gone(store: XenStore, tool: Guest) -> None:
+    boot(store, tool, 7)
+    other = boot(store, tool, 8)
+    tx, plain = other.start(), other.start()
+    assert other.chmod("data", "n8", "r7", tx=tx) == OK
+    assert other.write("data/x", tx=plain) == OK
+    store.release(7)
+    again = boot(store, tool, 7)
+    assert other.end(tx) == "EAGAIN"
+    assert other.end(plain) == OK
+    assert again.read("/local/domain/8/data") == "EACCES"
+    assert store.check() == []
+
+
 def test_xsa_324_huge_tokens(guest: Guest) -> None:
     token = "t" * 4000
     assert guest.watch("data", token) == OK
@@ -606,9 +620,16 @@ def test_xsa_484_every_operation_in_every_state_of_a_transaction(store: XenStore
         Op.TRANSACTION_END: b"T\0",
         Op.DIRECTORY_PART: b"data\x000\0",
         Op.GET_DOMAIN_PATH: b"7\0",
+        Op.INTRODUCE: b"7\x001\x002\0",
+        Op.RESUME: b"7\0",
+        Op.SET_TARGET: b"7\x007\0",
+        Op.GET_QUOTA: b"nodes\0",
+        Op.SET_QUOTA: b"nodes\x001000\0",
+        Op.GET_FEATURE: b"7\0",
+        Op.SET_FEATURE: b"9\x007\0",
     }
     for client in (guest, tool):
-        for op in range(24):
+        for op in range(28):
             for verdict in ("T", "F", "open", "ended", "never"):
                 tx = client.start() if verdict != "never" else 12345
                 if verdict == "ended":

@@ -13,15 +13,22 @@ Reply = tuple[str, object]
 @dataclass
 class Model:
     nodes: dict[str, tuple[bytes, Perms]] = field(default_factory=lambda: {"/": (b"", ((0, 0),))})
+    # Who stands in for whom: shared by a transaction's model with the public one
+    targets: dict[int, int] = field(default_factory=dict)
+    limit: int = 1000
 
     def copy(self) -> Model:
-        return Model(dict(self.nodes))
+        return Model(dict(self.nodes), self.targets, self.limit)
 
     def rights(self, who: int, path: str) -> int:
         perms = self.nodes[path][1]
-        if who == 0 or perms[0][0] == who:
+        selves = (who, self.targets.get(who))
+        if who == 0 or perms[0][0] in selves:
             return PERM_ALL
-        return next((mask for domid, mask in perms[1:] if domid == who), perms[0][1])
+        return next((mask for domid, mask in perms[1:] if domid in selves), perms[0][1])
+
+    def owned(self, who: int) -> int:
+        return sum(perms[0][0] == who for _, perms in self.nodes.values())
 
     def nearest(self, path: str) -> str:
         while path not in self.nodes:
@@ -37,8 +44,25 @@ class Model:
     def below(self, path: str) -> list[str]:
         return [name for name in self.nodes if name == path or name.startswith(path + "/")]
 
-    def apply(self, who: int, op: Op, path: str, arg: object = None) -> Reply:
-        """(error name or "OK", result)"""
+    def release(self, who: int) -> None:
+        """The domain is gone, and nothing names it any more."""
+        for name in self.below(f"/local/domain/{who}"):
+            del self.nodes[name]
+        for path in sorted(self.nodes):
+            if path not in self.nodes:
+                continue
+            value, perms = self.nodes[path]
+            if perms[0][0] == who and path != "/":
+                for name in self.below(path):
+                    del self.nodes[name]
+            else:
+                first = (0, 0) if perms[0][0] == who else perms[0]
+                self.nodes[path] = value, (first, *[entry for entry in perms[1:] if entry[0] != who])
+        for domid in [domid for domid, target in self.targets.items() if who in (domid, target)]:
+            del self.targets[domid]
+
+    def apply(self, who: int, op: Op, path: str, arg: object = None, *, elsewhere: int = 0) -> Reply:
+        """(error name or "OK", result); `elsewhere`: nodes that count for the quota and are not seen here"""
         want = {Op.READ: PERM_READ, Op.DIRECTORY: PERM_READ, Op.GET_PERMS: PERM_READ}.get(op, PERM_WRITE)
         if op == Op.SET_PERMS:
             want |= PERM_OWNER
@@ -50,6 +74,11 @@ class Model:
                 return "EACCES", None
             if op in (Op.READ, Op.DIRECTORY, Op.GET_PERMS, Op.SET_PERMS):
                 return "ENOENT", None
+        if op in (Op.WRITE, Op.MKDIR) and who != 0 and path not in self.nodes:
+            nearest = self.nearest(path)
+            missing = path.count("/") - (0 if nearest == "/" else nearest.count("/"))
+            if self.owned(who) + elsewhere + missing > self.limit:
+                return "ENOSPC", None
         match op:
             case Op.READ:
                 return "OK", self.nodes[path][0]

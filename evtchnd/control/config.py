@@ -124,6 +124,8 @@ class Domain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     domid: Annotated[int, Meta(ge=1, lt=DOMID_FIRST_RESERVED)]
     # xl's disk strings; see diskspec.py
     disks: tuple[str, ...] = ()
+    # Quotas of its own, by the keys of [xenstore], which has the rest of them
+    xenstore: dict[str, int] = field(default_factory=dict)
 
     @property
     def disk_specs(self) -> tuple[diskspec.DiskSpec, ...]:
@@ -146,6 +148,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     vbd: Vbd = field(default_factory=Vbd)
     xenstore: Xenstore = field(default_factory=Xenstore)
     domains: tuple[Domain, ...] = ()
+
+    def xenstore_of(self, domid: int) -> Xenstore | None:
+        """The quotas of a domain that has some of its own. ValidationError if they are none."""
+        own = next((domain.xenstore for domain in self.domains if domain.domid == domid), {})
+        return msgspec.convert({**msgspec.structs.asdict(self.xenstore), **own}, Xenstore) if own else None
 
     @property
     def vmm_socket(self) -> Path:
@@ -324,6 +331,14 @@ def _cross_checks(config: Config) -> Iterator[tuple[str, str]]:
         first = seen.setdefault(domain.domid, index)
         if first != index:
             yield f"domains[{index}].domid", f"domain {domain.domid} has an entry already"
+        if "unread_s" in domain.xenstore:
+            yield f"domains[{index}].xenstore.unread_s", "is the same for all domains (xenstore.unread_s)"
+        elif first == index:
+            try:
+                config.xenstore_of(domain.domid)
+            except msgspec.ValidationError as exc:
+                key, reason = _explain(str(exc))
+                yield _join(f"domains[{index}].xenstore", key), reason
         devices: dict[int, int] = {}
         for number, text in enumerate(domain.disks):
             key = f"domains[{index}].disks[{number}]"

@@ -15,6 +15,8 @@ import socket
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+import msgspec
+
 from evtchnd import memory, transport
 from evtchnd import protocol as p
 from evtchnd.abi import PAGE_SIZE
@@ -29,6 +31,7 @@ from evtchnd.control.zygote import Workers
 from evtchnd.errors import EvtchndError, OperatorError, VmmError
 from evtchnd.worker import messages as m
 from evtchnd.xenstore.client import Client
+from evtchnd.xenstore.quota import Quotas
 from evtchnd.xenstore.server import RingConnection, Server
 
 log = logging.getLogger(__name__)
@@ -243,6 +246,9 @@ class Domain:
         await self._attach_first()
         await self.supervisor.start()
         toolstack.add_domain(self._server, self)
+        quotas = self._config.xenstore_of(self.domid)
+        if quotas is not None:
+            self._server.store.set_quotas(self.domid, Quotas(**msgspec.structs.asdict(quotas)))
         self._server.introduce(self.domid)
         if self._page is not None:
             kick, notify = await self.ports.bind(STORE, [self.store_port])

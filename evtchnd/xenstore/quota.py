@@ -90,13 +90,19 @@ class Refusals:
         """One refusal of `operation`: `value` is above `limit`."""
         key = domid, quota
         self.counts[key] = self.counts.get(key, 0) + 1
-        now = self.clock()
-        if now - self._said.get(key, float("-inf")) >= 1.0:
-            self._said[key] = now
+        if self.due(domid, quota):
             log.warning(
                 "domain %d: xenstore: %s refused: quota %s: %d, limit %d (%d refusals so far)",
                 *(domid, operation, quota, value, limit, self.counts[key]),
             )
+
+    def due(self, domid: int, quota: str) -> bool:
+        """May there be a line about this now?"""
+        now, key = self.clock(), (domid, quota)
+        if now - self._said.get(key, float("-inf")) < 1.0:
+            return False
+        self._said[key] = now
+        return True
 
     def forget(self, domid: int) -> None:
         """The domain is gone."""
@@ -232,7 +238,7 @@ class Connection:
             return True
         value = self.memory + more
         softly = 0 < quotas.memory_soft_bytes < value
-        if softly and not domain.softly:
+        if softly and not domain.softly and self.refusals.due(self.domid, "soft-memory"):
             log.warning(
                 "domain %d: xenstore: memory %d, soft quota %d (limit %d)",
                 *(self.domid, value, quotas.memory_soft_bytes, quotas.memory_bytes),

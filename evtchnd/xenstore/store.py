@@ -190,6 +190,9 @@ class XenStore:
                 others = tuple(entry for entry in node.perms[1:] if entry[0] != domid)
                 now.update(path, node, node.value, (owner, *others), self.tick())
         self.publish(now)
+        for conn in self.connections:
+            for view in conn.transactions.values():
+                view.forget_domain(domid)
         for other in self.domains.values():
             if other.target == domid:
                 other.target = None

@@ -226,11 +226,12 @@ class Transaction:
     `changes`   path -> the node as it was in `base` (None: it was not there); in the order of the first change
     `events`    path -> True: for watches of the path and above it; False: of this path only (below what was removed)
     `last`      generation of the last removal
+    `stale`     a path that cannot be committed any more: it names a domain that is gone
     `growth`    domid -> nodes it owns more (or fewer) than in `base`
     `bytes`     what the nodes that it has written cost until its end (quota.node_size, without permissions)
     """
 
-    __slots__ = ("base", "bytes", "changes", "events", "failed", "growth", "last", "touched", "tree")
+    __slots__ = ("base", "bytes", "changes", "events", "failed", "growth", "last", "stale", "touched", "tree")
 
     def __init__(self, tree: Tree, *, record: bool) -> None:
         self.base = tree
@@ -241,6 +242,7 @@ class Transaction:
         self.growth: dict[int, int] = {}
         self.bytes = 0
         self.last = 0
+        self.stale: bytes | None = None
         self.failed = False
 
     def touch(self, path: bytes, what: int) -> None:
@@ -296,10 +298,17 @@ class Transaction:
     def _grow(self, domid: int, by: int) -> None:
         self.growth[domid] = self.growth.get(domid, 0) + by
 
+    def forget_domain(self, domid: int) -> None:
+        """It is gone: what was written for it is not for the next domain of that number."""
+        for path in self.changes:
+            node = self.tree.get(path)
+            if node is not None and any(named == domid for named, _ in node.perms):
+                self.stale = path
+
     def conflict(self, tree: Tree) -> bytes | None:
         """A path that has changed in `tree` and that the owner relied on, by part of a node: a sibling is none."""
-        if tree is self.base or self.touched is None:
-            return None
+        if self.stale is not None or tree is self.base or self.touched is None:
+            return self.stale
         for path, what in self.touched.items():
             then, now = self.base.get(path), tree.get(path)
             if then is now:
