@@ -20,17 +20,19 @@ from typing import Any, cast
 import uvloop
 
 from evtchnd.bench import xenstorefill
+from evtchnd.xenstore import restore
+from evtchnd.xenstore.log import Log
 from evtchnd.xenstore.server import Server
 
 
 @dataclass(frozen=True)
 class Given:
-    """path: of the socket; nodes: about so many, -1: an echo server; log: descriptor of the log, -1: none."""
+    """path: of the socket; nodes: about so many, -1: an echo server; log: its changes are logged."""
 
     path: str
     nodes: int
     cpu: int
-    log: int = -1
+    log: bool = True
 
 
 class Echo(asyncio.Protocol):
@@ -90,14 +92,17 @@ async def serve(given: Given) -> None:
         print("{}", flush=True)
         await reader.read()
         return
-    server = Server()
+    server = Server(restore.open_store(Log.create()) if given.log else None)
     await server.listen(given.path)
     gc.collect()
     empty = private_bytes()
     begin = time.perf_counter()
     xenstorefill.fill(server.store, given.nodes)
     count = len(server.store.tree)
-    told = {"nodes": count, "bytes": private_bytes() - empty, "seconds": time.perf_counter() - begin}
+    size = private_bytes() - empty
+    if (recorder := server.store.recorder) is not None:
+        size += recorder.log.used
+    told = {"nodes": count, "bytes": size, "seconds": time.perf_counter() - begin}
     print(json.dumps(told), flush=True)
     while line := await reader.readline():
         if line == b"walk\n":

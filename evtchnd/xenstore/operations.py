@@ -61,6 +61,8 @@ def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, 
             conn.reply(op, req_id, tx_id, body)
     finally:
         store.cause = None
+    if store.recorder is not None:
+        store.recorder.commit(store.ready)
     if store.trace:
         control.trace(conn, op, tx_id, payload)
 
@@ -278,6 +280,8 @@ def _transaction_start(request: Request) -> bytes:
     tx_id = conn.new_tx_id()
     conn.transactions[tx_id] = Transaction(store.tree, record=True)
     store.contention.started(conn)
+    if store.recorder is not None:
+        store.recorder.started(conn, tx_id)
     return b"%d\0" % tx_id
 
 
@@ -289,6 +293,8 @@ def _transaction_end(request: Request) -> bytes:
     if view is store.now:
         raise XenStoreError("ENOENT", "no transaction")
     del conn.transactions[request.tx_id]
+    if store.recorder is not None:
+        store.recorder.ended(conn, request.tx_id)
     path = view.conflict(store.tree) if verdict == b"T" and not view.failed else None
     store.contention.ended(conn, path)
     if verdict == b"F":

@@ -251,8 +251,10 @@ class Server(LocalAccess):
         self.flush()
 
     def flush(self) -> None:
-        """Send what the last request has queued, in whatever connection."""
+        """Send what the last request has queued, in whatever connection; it is in the log by then."""
         ready = self.store.ready
+        if self.store.recorder is not None:
+            self.store.recorder.commit(ready)
         while ready:
             conn, _ = ready.popitem()
             if conn.flush is not None:

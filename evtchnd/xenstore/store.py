@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING
 
 from . import wire
 from .contention import Contention
@@ -16,6 +17,9 @@ from .quota import Connection, Domain, Quotas, Refusals, node_size
 from .tree import Node, Transaction, Tree
 from .watches import Watch, Watches
 from .wire import XenStoreError
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
 
 __all__ = ["Connection", "Domain", "Quotas", "XenStore"]
 
@@ -36,12 +40,17 @@ class XenStore:
     domains         those that are introduced, named in permissions or connected
     ready           connections that have something new to send
     generation      goes up with every change
+    recorder        writes changes to a log; None: there is none
+    waiting         domains of an earlier process, with their rings, until those are served again
     trace           each request and its reply goes into the log
     `clock` (seconds) is for the rate of log lines and the age of events.
     """
 
     def __init__(self, quotas: Quotas | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.quotas = Quotas() if quotas is None else quotas
+        self.quotas_set = False  # by a tool
+        self.recorder: Recorder | None = None
+        self.waiting: dict[int, Connection | None] = {}
         self.refusals = Refusals(clock)
         self.contention = Contention(clock)
         self.trace = False
@@ -92,6 +101,10 @@ class XenStore:
     def disconnect(self, conn: Connection) -> None:
         """The client is gone, with its watches and transactions. Idempotent."""
         if conn in self.connections:
+            if self.recorder is not None:
+                self.recorder.closed(conn)
+            if self.waiting.get(conn.domid) is conn:
+                del self.waiting[conn.domid]
             self.reset(conn)
             conn.domain.connections -= 1
             del self.connections[conn]
@@ -118,6 +131,11 @@ class XenStore:
         """Watches and transactions go."""
         for watch in conn.watches.values():
             self.watches.remove(watch)
+            if self.recorder is not None:
+                self.recorder.unwatch(watch)
+        if self.recorder is not None:
+            for tx_id in conn.transactions:
+                self.recorder.ended(conn, tx_id)
         conn.watches.clear()
         conn.watch_bytes = 0
         self.contention.dropped(conn)
@@ -127,6 +145,8 @@ class XenStore:
         watch.conn.watches[watch.path, watch.token] = watch
         watch.conn.watch_bytes += len(watch.path) + len(watch.token)
         self.watches.add(watch)
+        if self.recorder is not None:
+            self.recorder.watch(watch)
 
     def remove_watch(self, conn: Connection, path: bytes, token: bytes) -> None:
         """ENOENT if there is none."""
@@ -135,6 +155,8 @@ class XenStore:
             raise XenStoreError("ENOENT", "no such watch")
         conn.watch_bytes -= len(path) + len(token)
         self.watches.remove(watch)
+        if self.recorder is not None:
+            self.recorder.unwatch(watch)
 
     # ---- domains
 
@@ -143,6 +165,7 @@ class XenStore:
         domain = self.domain(domid)
         if not domain.introduced:
             domain.introduced = True
+            self.changed(domain)
             self._fire_special(INTRODUCED, domid)
 
     def reintroduce(self, domid: int) -> None:
@@ -155,13 +178,21 @@ class XenStore:
     def set_quotas(self, domid: int | None, quotas: Quotas) -> None:
         """From now on. None: of domains to come."""
         if domid is None:
-            self.quotas = quotas
+            self.quotas, self.quotas_set = quotas, True
+            if self.recorder is not None:
+                self.recorder.quotas(quotas)
             return
         domain = self.domain(domid)
         domain.quotas, domain.configured = quotas, True
+        self.changed(domain)
         for conn in self.connections:
             if conn.domain is domain and not conn.privileged:
                 conn.quotas = quotas
+
+    def changed(self, domain: Domain) -> None:
+        """Its target, features or quotas are not what they were."""
+        if self.recorder is not None:
+            self.recorder.domain(domain)
 
     def release(self, domid: int) -> bool:
         """The domain is gone: its clients, nodes, permissions and quotas; then @releaseDomain fires.
@@ -196,8 +227,12 @@ class XenStore:
         for other in self.domains.values():
             if other.target == domid:
                 other.target = None
+                self.changed(other)
         introduced = domain.introduced
         self.domains.pop(domid, None)
+        self.waiting.pop(domid, None)
+        if self.recorder is not None:
+            self.recorder.released(domid)
         self.refusals.forget(domid)
         if introduced:
             self._fire_special(RELEASED, domid)
@@ -214,6 +249,8 @@ class XenStore:
         else:
             tree, events = view.merged(self.tree), view.events
             before = {path: self.tree.get(path) for path in view.changes}
+        if self.recorder is not None and before:
+            self.recorder.nodes(before, tree)
         now.base = now.tree = tree
         if len(tree) >= self._settle_at:
             gc.collect(1)  # what is garbage now would be kept for ever
@@ -259,6 +296,11 @@ class XenStore:
                 # Any of 65,536 numbers may be named in permissions: what is not used is not kept
                 if domid and (unused := self.domains.get(domid)) is not None and unused.idle:
                     del self.domains[domid]
+
+    def account_all(self) -> None:
+        """The accounts of a tree that came from elsewhere."""
+        for path, node in self.tree.items():
+            self._account(path, None, node)
 
     def _fire(self, path: bytes, subtree: bool, old: Node | None) -> None:
         found = self.watches.above(path) if subtree and path[:1] != b"@" else self.watches.exactly(path)
@@ -311,7 +353,7 @@ class XenStore:
         owned: dict[int, int] = {}
         sizes: dict[int, int] = {}
         count = 0
-        for path, node in self._everything(tree):
+        for path, node in self.everything(tree):
             count += 1
             if count % _STEP == 0:
                 yield
@@ -355,7 +397,8 @@ class XenStore:
             faults.append(f"{self.contention.open} transactions counted, connections have {transactions}")
         return faults
 
-    def _everything(self, tree: Tree) -> Iterator[tuple[bytes, Node]]:
+    def everything(self, tree: Tree) -> Iterator[tuple[bytes, Node]]:
+        """All nodes, parents first, siblings in order; the special ones, too."""
         yield from tree.walk()
         for path in (INTRODUCED, RELEASED):
             node = tree.get(path)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from . import wire
 
@@ -42,6 +42,11 @@ class PMap(Generic[V]):
 
     def __len__(self) -> int:
         return self._count
+
+    @classmethod
+    def of(cls, entries: dict[bytes, V]) -> Self:
+        """All of `entries`, which it takes, at once."""
+        return cls(_built(entries, 0), len(entries))
 
     def get(self, key: bytes) -> V | None:
         node = self._root
@@ -116,6 +121,12 @@ def _split(leaf: dict[bytes, Any], shift: int) -> list[Any]:
     for key, value in leaf.items():
         parts[(hash(key) >> shift) & _MASK][key] = value
     return list(parts)
+
+
+def _built(leaf: dict[bytes, Any], shift: int) -> Any:
+    if len(leaf) <= _LEAF_MAX or shift >= _SHIFT_MAX:
+        return leaf
+    return [_built(part, shift + _FANOUT_BITS) for part in _split(leaf, shift)]
 
 
 def _entries(node: Any) -> Iterator[tuple[bytes, Any]]:

@@ -133,6 +133,10 @@ class Parser:
         self._at = end
         return op, req_id, tx_id, buffer[at + HEADER_SIZE : end]
 
+    def rest(self) -> bytes:
+        """What is held back."""
+        return self._buffer[self._at :]
+
     @property
     def partial(self) -> int:
         """Bytes held back."""
