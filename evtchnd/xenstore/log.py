@@ -70,12 +70,27 @@ class Log:
 
     @classmethod
     def create(cls, area: int = AREA_BYTES) -> Log:
-        """An empty one."""
-        fd = os.memfd_create("evtchnd-xenstore", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, _HEADER + 2 * area)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        os.pwrite(fd, _MAGIC + _VERSION.to_bytes(4, "little") + (area // 8).to_bytes(4, "little"), 0)
+        """An empty one, in a memfd of its own."""
+        return cls.adopt(os.memfd_create("evtchnd-xenstore", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), area)
+
+    @classmethod
+    def adopt(cls, fd: int, area: int = AREA_BYTES) -> Log:
+        """The log in a memfd that somebody else holds, too; an empty memfd becomes one. HostError: it is none."""
+        try:
+            if os.fstat(fd).st_size == 0:
+                os.ftruncate(fd, _HEADER + 2 * area)
+                os.pwrite(fd, _MAGIC + _VERSION.to_bytes(4, "little") + (area // 8).to_bytes(4, "little"), 0)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as error:
+            raise HostError(
+                f"descriptor {fd} cannot hold a XenStore log: {error.strerror}: a memfd with MFD_ALLOW_SEALING can"
+            ) from None
         return cls(fd)
+
+    def clear(self) -> None:
+        """Nothing is in it any more."""
+        self.begin_copy()
+        self.switch()
 
     def _check(self) -> None:
         size = len(self._map)

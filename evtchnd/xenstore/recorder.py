@@ -119,8 +119,7 @@ class Recorder:
         if not self._full:
             self._full = True
             log.error("xenstore: %s: not written any more, the store does not survive a restart", reason)
-            self.log.begin_copy()
-            self.log.switch()
+            self.log.clear()
         self._store.recorder = None
         for conn in self.rings.values():
             conn.fresh, conn.log_id = None, 0
@@ -287,6 +286,7 @@ def by_name(quotas: Quotas) -> dict[str, int]:
 
 def _domain(domain: Domain) -> list[bytes]:
     target = migration.DOMID_INVALID if domain.target is None else domain.target
-    state = migration.record(Own.DOMAIN, struct.pack("<HHHH", domain.domid, domain.introduced, target, domain.configured))
+    words = struct.pack("<HHHH", domain.domid, domain.introduced, target, domain.configured)
+    state = migration.record(Own.DOMAIN, words)
     # Quotas are those of the day when it was first named, configured or not
     return [state, migration.pack(migration.Domain(domain.domid, domain.features, by_name(domain.quotas)))]

@@ -222,6 +222,28 @@ class Server(LocalAccess):
         self.connections.pop(conn, None)
         self.store.disconnect(conn)
 
+    # ---- over a restart
+
+    def kept(self, domid: int) -> bool:
+        """Was the domain there before this process was, and is not served again yet?"""
+        return domid in self.store.waiting
+
+    def resumed(self, domid: int) -> None:
+        """It is served again. (`attach_ring` says so, too.)"""
+        self.store.waiting.pop(domid, None)
+
+    def stop_recording(self) -> None:
+        """What ends from now on ends because this process does: the log stays as it is.
+
+        So nobody is served any more who would have a reply that the log knows nothing of; workers are: they end in order.
+        """
+        if self.store.recorder is not None:
+            self.flush()
+            self.store.recorder = None
+            for conn, connection in list(self.connections.items()):
+                if conn.confine is None:
+                    connection.close()
+
     # ---- domains
 
     def introduce(self, domid: int) -> None:
