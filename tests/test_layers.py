@@ -40,7 +40,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("base", "core._core.words"),
     ),
-    "xenstore": (("xenstore",), ("base", "core", "store")),
+    "xenstore": (("xenstore",), ("base", "core", "store", "channel")),
     "channel": (("channel",), ("base", "core")),
     "xenbus": (("xenbus",), ("base", "store", "xenstore")),
     "worker": (("worker",), ("base", "core", "wire", "store", "xenstore", "channel", "xenbus", "config")),

@@ -289,7 +289,8 @@ int main(int argc, char **argv)
     for (long i = 0; i < count; i++)
         clients[i].fd = open_client();
     /* processes took turns on this CPU: caches, and how long the idle loop polls, are as in a longer run after this */
-    for (long w = 0; w < (count == 1 ? 200 : count); w++) {
+    unsigned long long warmed = count == 1 ? 200 : count;
+    for (unsigned long long w = 0; w < warmed; w++) {
         struct client *c = &clients[w % count];
         for (begin(c); !receive(c);)
             ;
@@ -334,8 +335,8 @@ int main(int argc, char **argv)
     double seconds = (now() - begun) / 1e9;
     qsort(taken, taken_count, sizeof(*taken), compare);
 #define AT(q) (taken_count ? taken[(long)((taken_count - 1) * (q))] / 1e3 : 0)
-    printf("{\"requests\": %llu, \"seconds\": %.6f, \"p50_us\": %.3f, \"p99_us\": %.3f, \"errors\": %llu, "
-           "\"again\": %llu}\n", done * depth * steps(), seconds, AT(.5), AT(.99), errors, again);
+    printf("{\"requests\": %llu, \"served\": %llu, \"seconds\": %.6f, \"p50_us\": %.3f, \"p99_us\": %.3f, \"errors\": %llu, "
+           "\"again\": %llu}\n", done * depth * steps(), (done + warmed) * depth * steps(), seconds, AT(.5), AT(.99), errors, again);
     if (errors)
         fprintf(stderr, "%s\n", last);
     return 0;

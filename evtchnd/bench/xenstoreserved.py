@@ -91,7 +91,6 @@ class Load:
         reading: dict[str, Any] = json.loads(out)
         if reading["errors"]:
             raise HostError(f"{self._what}: {reading['errors']} requests were refused: {err.strip()}")
-        requests = max(reading["requests"], 1)
         reading["per_second"] = reading["requests"] / reading["seconds"]
-        reading["server_cpu_us"] = (self._server.cpu_us() - self._before) / requests
+        reading["server_cpu_us"] = (self._server.cpu_us() - self._before) / reading["served"]
         return reading

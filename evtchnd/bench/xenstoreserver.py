@@ -27,12 +27,14 @@ from evtchnd.xenstore.server import Server
 
 @dataclass(frozen=True)
 class Given:
-    """path: of the socket; nodes: about so many, -1: an echo server; log: its changes are logged."""
+    """path: of the socket; nodes: about so many, -1: an echo server; log: its changes are logged;
+    poll_us: it looks for the next request so long before it sleeps."""
 
     path: str
     nodes: int
     cpu: int
     log: bool = True
+    poll_us: int = 50
 
 
 class Echo(asyncio.Protocol):
@@ -92,7 +94,7 @@ async def serve(given: Given) -> None:
         print("{}", flush=True)
         await reader.read()
         return
-    server = Server(restore.open_store(Log.create()) if given.log else None)
+    server = Server(restore.open_store(Log.create()) if given.log else None, poll_us=given.poll_us)
     await server.listen(given.path)
     gc.collect()
     empty = private_bytes()

@@ -81,7 +81,7 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Poll(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Adaptive polling of the rings before a worker sleeps."""
+    """Adaptive polling: of the rings before a worker sleeps, of XenStore's clients before the control plane does."""
 
     # A sleeping CPU takes 50-100 us to wake: looking for about as long can never cost more than twice the wake-up.
     # KVM's own halt polling ends at 200 us. 0: never poll.

@@ -67,7 +67,8 @@ class Daemon:
         self._workers: Workers = zygote if zygote is not None else InProcess()
         self._listening = dict(listening or {})
         self._images = Images(config.limits.image_s)
-        self._server = Server(_store(log_of_store, Quotas(**msgspec.structs.asdict(config.xenstore))))
+        store = _store(log_of_store, Quotas(**msgspec.structs.asdict(config.xenstore)))
+        self._server = Server(store, poll_us=config.poll.max_us)
         self._log = log_of_store
         self._domains: dict[int, tuple[Domain, VmmConnection]] = {}
         self._connections: set[VmmConnection] = set()

@@ -125,6 +125,7 @@ class RingConnection:
         except OSError as error:
             self._end(f"event channel: {error.strerror}", wire.ERROR_COMM)
             return
+        self._server.looking.came()
         if not self._queued:
             self._pump()
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 from ..errors import HostError
 from . import local, operations, wire
 from .local import LocalAccess, LocalTransaction
+from .looking import Looking
 from .quota import Connection, Quotas
 from .rings import RingConnection
 from .store import XenStore
@@ -63,6 +64,7 @@ class SocketConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         parser = self._parser
         parser.feed(data)
+        self._server.looking.came()
         if self._queued or self._blocked:
             self._pause(parser.partial)
             return
@@ -142,11 +144,13 @@ class SocketConnection(asyncio.Protocol):
 class Server(LocalAccess):
     """The daemon's XenStore, on the loop's thread. Its own `write`, `read`, `ls`, ... are those of LocalAccess."""
 
-    def __init__(self, store: XenStore | None = None, *, quotas: Quotas | None = None) -> None:
+    def __init__(self, store: XenStore | None = None, *, quotas: Quotas | None = None, poll_us: int = 0) -> None:
+        """On the running loop. poll_us: how long it looks for the next request before it sleeps (looking.py)."""
         self.store = XenStore(quotas) if store is None else store
         super().__init__(self.store, self.store.connect(0))
         self.connections: dict[Connection, SocketConnection | RingConnection] = {}
         self.turns = Turns(self.flush)
+        self.looking = Looking(asyncio.get_running_loop(), poll_us)
         self.store.later = self.turns.walk
         self._listeners: list[asyncio.Server] = []
         self._paths: list[Path] = []
@@ -235,7 +239,7 @@ class Server(LocalAccess):
     def stop_recording(self) -> None:
         """What ends from now on ends because this process does: the log stays as it is.
 
-        So nobody is served any more who would have a reply that the log knows nothing of; workers are: they end in order.
+        So nobody is served any more who would have a reply that the log knows nothing of; workers are, to their end.
         """
         if self.store.recorder is not None:
             self.flush()
@@ -318,4 +322,5 @@ class Server(LocalAccess):
         while self.connections:
             await asyncio.sleep(0)
         self.turns.close()
+        self.looking.close()
         self.store.later = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
@@ -350,22 +351,21 @@ class XenStore:
         faults = self._check_connections()
         tree = self.tree
         counted = {domid: (domain.owned, domain.node_bytes) for domid, domain in self.domains.items()}
-        owned: dict[int, int] = {}
-        sizes: dict[int, int] = {}
+        owned: dict[int, int] = defaultdict(int)
+        sizes: dict[int, int] = defaultdict(int)
         count = 0
         for path, node in self.everything(tree):
             count += 1
             if count % _STEP == 0:
                 yield
-            owned[node.owner] = owned.get(node.owner, 0) + 1
-            sizes[node.owner] = sizes.get(node.owner, 0) + node_size(path, node.value, node.perms)
-            faults += [
-                f"{path!r}: domain {domid} does not know of it"
-                for domid, _ in node.perms
-                if domid
-                and (domid not in self.domains or path not in self.domains[domid].named)
-                and self.tree.get(path) is node
-            ]
+            perms = node.perms
+            owner = perms[0][0]
+            owned[owner] += 1
+            sizes[owner] += node_size(path, node.value, perms)
+            for domid, _ in perms:
+                known = not domid or (domid in self.domains and path in self.domains[domid].named)
+                if not known and self.tree.get(path) is node:
+                    faults.append(f"{path!r}: domain {domid} does not know of it")
         if count != len(tree):
             faults.append(f"{len(tree)} nodes, {count} are reachable")
         faults += [

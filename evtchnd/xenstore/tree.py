@@ -156,6 +156,10 @@ class Node:
         """The children's names in the order of their creation: Linux numbers its devices by it."""
         return self.listing().split(b"\0")[:-1]
 
+    def ordered(self) -> Iterator[tuple[bytes, int]]:
+        """Names and what they are ordered by."""
+        return iter(() if self.children is None else sorted(self.children.items(), key=itemgetter(1)))
+
     def listing(self) -> bytes:
         """`names()`, each with a NUL at its end. Kept: a long directory is read in many parts."""
         children = self.children
@@ -163,8 +167,7 @@ class Node:
             return b""
         found = children.listed
         if found is None:
-            names = [name for name, _ in sorted(children.items(), key=itemgetter(1))]
-            found = b"\0".join([*names, b""])
+            found = b"\0".join([*[name for name, _ in self.ordered()], b""])
             if len(children) > _LEAF_MAX:
                 children.listed = found
         return found
@@ -210,15 +213,24 @@ class Tree(PMap[Node]):
 
     def walk(self, path: bytes = b"/") -> Iterator[tuple[bytes, Node]]:
         """A node and all below it, parents first. Without recursion: a guest may nest 1,000 levels."""
-        pending = [path]
+        node = self.get(path)
+        if node is None:
+            return
+        yield path, node
+        pending = [(path, node.ordered())]
         while pending:
-            path = pending.pop()
-            node = self.get(path)
-            if node is None:
-                continue
-            yield path, node
-            if node.children is not None:
-                pending.extend(wire.child_of(path, name) for name in reversed(node.names()))
+            above, names = pending[-1]
+            for name, _ in names:
+                path = wire.child_of(above, name)
+                node = self.get(path)
+                if node is None:
+                    continue
+                yield path, node
+                if node.children is not None:
+                    pending.append((path, node.ordered()))
+                    break
+            else:
+                pending.pop()
 
 
 # What of a node a transaction has relied on
