@@ -56,7 +56,7 @@ class Own(IntEnum):
 # A log this long is copied when half of it or more is of no use any more: writing it took some seconds at full load
 COMPACT_BYTES = 16 << 20
 # Nodes and bytes between two pauses of a copy, and of giving back memory: a third of a millisecond
-_STEP_NODES = 128
+_STEP_NODES = 64
 _STEP_BYTES = 1 << 20
 
 

@@ -225,6 +225,7 @@ class Server(LocalAccess):
         """A transport has ended."""
         self.connections.pop(conn, None)
         self.store.disconnect(conn)
+        conn.on_close = None
 
     # ---- over a restart
 

@@ -26,11 +26,13 @@ __all__ = ["Connection", "Domain", "Quotas", "XenStore"]
 
 INTRODUCED = b"@introduceDomain"
 RELEASED = b"@releaseDomain"
-# So many new nodes, and the garbage collector is told not to look at those that are there: a full collection of a
-# million nodes stops everything for a second, and nodes are no part of cycles. What it looks at takes 2 ms then.
-_SETTLED_NODES = 10_000
-# Nodes between two pauses of a walk: half a millisecond
-_STEP = 256
+# So many changed nodes, and the garbage collector is told to leave alone what is there now: a full collection of a
+# million nodes stops everything for a second, and nodes are no part of cycles. Changed ones count, since each is a new
+# object: as many are freed as are made, so the collector thinks that nothing happens while its youngest generation
+# becomes as large as the store. 1,000 changes are some 3,000 objects: 1.5 ms.
+_SETTLED_NODES = 1000
+# Nodes between two pauses of a walk: a quarter of a millisecond
+_STEP = 64
 DOMAIN_0: wire.Perms = ((0, wire.PERM_NONE),)
 
 
@@ -57,7 +59,7 @@ class XenStore:
         self.trace = False
         # Who goes on with a long walk now and then; None: it is done at once
         self.later: Callable[[Generator[None, None, None]], None] | None = None
-        self._settle_at = _SETTLED_NODES
+        self._unsettled = 0
         self.domains: dict[int, Domain] = {}
         self.connections: dict[Connection, None] = {}
         self.ready: dict[Connection, None] = {}
@@ -110,6 +112,8 @@ class XenStore:
             conn.domain.connections -= 1
             del self.connections[conn]
             self.ready.pop(conn, None)
+            # no cycle is left: the collector may not come by (see settle)
+            conn.flush = conn.on_reset = None
 
     def expire(self) -> bool:
         """Whoever waits for others to take its events waits for `unread_s` at most; see also contention.py.
@@ -253,12 +257,9 @@ class XenStore:
         if self.recorder is not None and before:
             self.recorder.nodes(before, tree)
         now.base = now.tree = tree
-        if len(tree) >= self._settle_at:
-            gc.collect(1)  # what is garbage now would be kept for ever
-            gc.freeze()
-            self._settle_at = len(tree) + _SETTLED_NODES
-        elif len(tree) < self._settle_at - 2 * _SETTLED_NODES:
-            self._settle_at = len(tree) + _SETTLED_NODES
+        self._unsettled += len(before)
+        if self._unsettled >= _SETTLED_NODES:
+            self.settle()
         if self.cause is not None:
             self.contention.wrote(self.cause, before)
         for path, old in before.items():
@@ -298,10 +299,17 @@ class XenStore:
                 if domid and (unused := self.domains.get(domid)) is not None and unused.idle:
                     del self.domains[domid]
 
+    def settle(self) -> None:
+        """The garbage collector looks at nothing of what is there now."""
+        self._unsettled = 0
+        gc.collect(1)  # what is garbage now would be kept for ever
+        gc.freeze()
+
     def account_all(self) -> None:
         """The accounts of a tree that came from elsewhere."""
         for path, node in self.tree.items():
             self._account(path, None, node)
+        self.settle()
 
     def _fire(self, path: bytes, subtree: bool, old: Node | None) -> None:
         found = self.watches.above(path) if subtree and path[:1] != b"@" else self.watches.exactly(path)

@@ -112,7 +112,7 @@ class PMap(Generic[V]):
             root = dict(_entries(root))
         return root, self._count - 1
 
-    def items(self) -> Iterator[tuple[bytes, V]]:
+    def items(self) -> list[tuple[bytes, V]]:
         return _entries(self._root)
 
 
@@ -129,12 +129,13 @@ def _built(leaf: dict[bytes, Any], shift: int) -> Any:
     return [_built(part, shift + _FANOUT_BITS) for part in _split(leaf, shift)]
 
 
-def _entries(node: Any) -> Iterator[tuple[bytes, Any]]:
+def _entries(node: Any) -> list[tuple[bytes, Any]]:
     if type(node) is dict:
-        yield from node.items()
-    else:
-        for child in node:
-            yield from _entries(child)
+        return list(node.items())
+    found = []
+    for child in node:
+        found += _entries(child)
+    return found
 
 
 class Node:
