@@ -18,6 +18,7 @@ from typing import Any
 
 from evtchnd.bench.report import Report, median
 from evtchnd.bench.wakeupserved import build
+from evtchnd.bench.xenstorefill import GUESTS
 from evtchnd.bench.xenstoreserved import Load, Server
 
 SOURCE = Path(__file__).with_name("xenstoreload.c")
@@ -56,7 +57,7 @@ def cells() -> Iterator[Cell]:
     for stormed in (False, True):
         words = {"op": "read", "nodes": NODES[MIDDLE], "gap_us": 200, "fifo": 1}
         yield Cell(f"quiet {'storm' if stormed else 'alone'}", MIDDLE, words, 2, every=3, stormed=stormed)
-    yield Cell("boot storm", MIDDLE, {"op": "boot", "nodes": NODES[MIDDLE], "clients": 256, "ops": 300}, every=9)
+    yield Cell("boot storm", MIDDLE, {"op": "boot", "clients": GUESTS, "ops": 300}, every=9)
 
 
 # ratio: what is divided by what, and the most it may be

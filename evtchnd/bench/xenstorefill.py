@@ -4,6 +4,7 @@
 /siblings/10/<k>, /siblings/10000/<k>         neighbours in one directory
 /thousand/<k>                                 what is listed
 /made, /watched/this
+/local/domain/<n>/data/<k>                    ten nodes of each of GUESTS guests, their own
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from evtchnd.xenstore.store import XenStore
 from evtchnd.xenstore.wire import Op
 
 VALUE = b"000000000000"
+GUESTS = 256
 
 
 def fill(store: XenStore, nodes: int) -> None:
-    """By requests of a client in this process; small stores get no /siblings and no /thousand."""
+    """By requests of a client in this process; a small store gets no /siblings."""
     conn = store.connect(0)
 
     def write(path: bytes) -> None:
@@ -31,6 +33,14 @@ def fill(store: XenStore, nodes: int) -> None:
                 write(b"/siblings/%d/%d" % (siblings, k))
     for k in range(1000):
         write(b"/thousand/%03d" % k)
+    for domid in range(1, GUESTS + 1):
+        store.introduce(domid)
+        home = b"/local/domain/%d" % domid
+        for k in range(10):
+            write(b"%b/data/%d" % (home, k))
+        for path in (home, home + b"/data", *[b"%b/data/%d" % (home, k) for k in range(10)]):
+            operations.handle(store, conn, Op.SET_PERMS, 0, 0, b"%b\0n%d\0" % (path, domid))
+            conn.clear()
     write(b"/made")
     write(b"/watched/this")
     store.disconnect(conn)

@@ -111,11 +111,9 @@ static size_t build(char *to, struct client *c)
         return message(to, WRITE, 0, path, value, value_bytes);
     }
     if (!strcmp(op, "boot")) {
-        /* what a guest's drivers do, in about these parts */
-        unsigned long k = i * 1000 % nodes + roll(nodes < 1000 ? nodes : 1000), kind = roll(100);
-        node_path(path, k);
-        if (kind >= 55 && kind < 65)
-            *strrchr(path, '/') = 0;
+        /* what a guest's drivers do with their own nodes, in about these parts */
+        unsigned long kind = roll(100);
+        sprintf(path, kind >= 55 && kind < 65 ? "data" : "data/%lu", roll(10));
         if (kind < 55 || kind >= 90) {
             return message(to, READ, 0, path, "", 0);
         } else if (kind < 65) {

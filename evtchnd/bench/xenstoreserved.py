@@ -70,7 +70,8 @@ class Load:
         self._server = server
         self._what = words["op"]
         self._before = server.cpu_us()
-        arguments = {"path": server.path, "cpu": FRONT_CPU, **words}
+        path = f"{server.path}.guests" if words["op"] == "boot" else server.path
+        arguments = {"path": path, "cpu": FRONT_CPU, **words}
         self._process = subprocess.Popen(
             [program, *(f"{key}={value}" for key, value in arguments.items())],
             stdout=subprocess.PIPE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ import uvloop
 from evtchnd.bench import xenstorefill
 from evtchnd.xenstore import restore
 from evtchnd.xenstore.log import Log
-from evtchnd.xenstore.server import Server
+from evtchnd.xenstore.server import Server, SocketConnection
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ async def serve(given: Given) -> None:
         return
     server = Server(restore.open_store(Log.create()) if given.log else None, poll_us=given.poll_us)
     await server.listen(given.path)
+    # each connection here is a guest: its paths, its permissions, its quotas
+    domids = itertools.cycle(range(1, xenstorefill.GUESTS + 1))
+    guests = await loop.create_unix_server(lambda: SocketConnection(server, next(domids), None), f"{given.path}.guests")
     gc.collect()
     empty = private_bytes()
     begin = time.perf_counter()
@@ -109,6 +113,7 @@ async def serve(given: Given) -> None:
     while line := await reader.readline():
         if line == b"walk\n":
             print(json.dumps(await walk(server)), flush=True)
+    guests.close()
     await server.close()
 
 

@@ -163,6 +163,7 @@ class Log:
 
     def free(self, start: int, size: int) -> None:
         """Gives back memory of the other area: whole pages."""
+        size = min(size, self._area - start)
         self._map.madvise(mmap.MADV_REMOVE, _HEADER + (1 - self._active) * self._area + start, size)
 
     def close(self) -> None:
