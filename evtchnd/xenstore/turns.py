@@ -15,7 +15,7 @@ from typing import Protocol
 
 # A request costs 5-20 us, a look at the sockets 2
 SLICE = 8
-WALK_S = 0.001
+WALK_S = 0.0002
 
 
 class Pump(Protocol):
@@ -45,7 +45,7 @@ class Turns:
             self._waiting.remove(pump)
 
     def walk(self, steps: Generator[None, None, None]) -> None:
-        """Goes through `steps`, each of less than a millisecond."""
+        """Goes through `steps`, each of a fraction of a millisecond."""
         self._walks.append(steps)
         self._soon()
 
