@@ -1,6 +1,7 @@
 # make demo    a Xen domain does block I/O on an ext4 image, served by evtchnd (KEEP=1: leave it running)
 # make test    checks and every test, counts at a twentieth (EVTCHND_SCALE); test-full: all of them
 # make lab     the emulated machine with Xen-capable KVM that tests/lab runs in (once; root; two minutes, 0.7 GB)
+# make guest   a prompt of a real Xen guest in the lab, served by evtchnd (SUITE=bookworm: the older one; ^] or poweroff)
 # demo and test set up everything themselves: .venv, Python packages, and Debian packages where root and apt are there.
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CORE := $(wildcard evtchnd/_core/*.py evtchnd/_core/*.pxd evtchnd/_core/*.h)
 
-.PHONY: demo test test-full test-unit lab check setup bench clean debian-demo debian-test
+.PHONY: demo test test-full test-unit lab guest check setup bench clean debian-demo debian-test
 .DEFAULT_GOAL := test
 
 debian-demo:
@@ -51,6 +52,10 @@ test-unit: debian-test
 
 lab: setup
 	@$(BIN)/python tests/lab prepare
+
+guest: setup
+	@$(BIN)/python tests/lab prepare
+	@$(BIN)/python tests/lab guest $(SUITE)
 
 bench: setup
 	$(BIN)/evtchnd-bench blk

@@ -24,7 +24,8 @@ sleep and a kick cost the same with four thousand channels as with one.
 
 Kick eventfds are in the epoll edge-triggered: each write is one event, so nobody reads them. With thousands of channels
 most of a kick's cost is memory that is cold when it comes, and so there is little of it: one epoll entry in the kernel,
-the `Channel` and its coroutine here, none of the loop's own objects.
+the `Channel` and its coroutine here, none of the loop's own objects. A guest that kicks a ring which is not armed is
+not heard until it is: its kicks then cost nobody anything.
 
 The window adapts, as KVM's halt polling does (Documentation/virt/kvm/halt-polling.rst), with one difference. KVM
 compares the time it slept with the longest window. Here that time contains the wake-up of this CPU, which is often
@@ -57,6 +58,9 @@ MOST_KICKED = 64
 """Channels whose kicks are taken before the loop turns; the epoll keeps the others, in order."""
 MOST_SKIPPED = 1024
 """After tries that never paid, one short sleep in so many is tried again: below 0.1 % of the CPU."""
+
+
+_HEARD = select.EPOLLIN | select.EPOLLET
 
 
 class Source(Protocol):
@@ -116,6 +120,7 @@ class Channel:
         "closed",
         "kick_fd",
         "more",
+        "muted",
         "name",
         "notifications",
         "notify_fd",
@@ -143,19 +148,28 @@ class Channel:
         self._done: asyncio.Future[None] | None = None
         self._running = False
         self._again = False
-        # The poller's view; see Poller._look and _arm. `until`: when it had no work for a window; 0: it just had.
+        # The poller's view; see Poller._look, _arm and mute. `until`: when it had no work for a window; 0: it just had.
         self.pending: Callable[[], bool] = _no
         self.arm: Callable[[], bool] = _no
         self.more = False
+        self.muted = False
         self.until = 0
 
     @property
     def kicks(self) -> int:
         """What the kick eventfd has counted, by a read of it. Kicks fold: `wakeups` are fewer."""
+        if self.count():
+            self.step()  # epoll reports what is readable when it is asked: the kick that was just read is lost to it
+        return self._kicks
+
+    def count(self) -> int:
+        """Takes what the kick eventfd has counted: those kicks are not heard any more."""
+        count = 0
         if not self.closed:
             with suppress(BlockingIOError):
-                self._kicks += os.eventfd_read(self.kick_fd)
-        return self._kicks
+                count = os.eventfd_read(self.kick_fd)
+        self._kicks += count
+        return count
 
     def kicked(self) -> Awaitable[None]:
         """Returns when there may be work: a kick, a poll that hit, `step()`. The first one waits, too.
@@ -264,12 +278,17 @@ class Channel:
     def heard(self) -> bool:
         """It was kicked: one pump, for the poller. Whether its ring had something."""
         self.wakeups += 1
+        pending, poller = self.pending, self._poller
         try:
-            found = self.pending()
+            found = pending()
         except Exception as error:
             self.fail(error)
             return False
-        self.advance()
+        looked_at = poller is not None and poller.looks_at(self) and pending is not _no
+        if looked_at and poller is not None:
+            poller.mute(self)
+        if found or not looked_at:
+            self.advance()
         return found
 
     def fail(self, error: Exception | None) -> None:
@@ -295,7 +314,7 @@ class Channel:
     def _leave(self) -> None:
         coro, self._coro = self._coro, None
         self.pending = self.arm = _no
-        self.more = False
+        self.more = self.muted = False
         if self._poller is not None and self._done is not None:
             self._poller.forget(self)
             self._done = None
@@ -344,7 +363,7 @@ class Poller:
         self._by_fd.extend([None] * (fd + 1 - len(self._by_fd)))
         self._by_fd[fd] = channel
         # edge-triggered: an eventfd tells of every write, read or not
-        self._kicks.register(fd, select.EPOLLIN | select.EPOLLET)
+        self._kicks.register(fd, _HEARD)
 
     def forget(self, channel: Channel) -> None:
         """Ends that; before the descriptor is closed, since others hold copies of it and epoll goes by the file."""
@@ -470,11 +489,16 @@ class Poller:
     def _arm(self, channel: Channel) -> bool:
         """True: it has more, and stays live; the next look steps it."""
         try:
+            if channel.muted:
+                channel.count()  # before it is armed: what is kicked from then on counts
             channel.more = channel.arm()
         except Exception as error:
             channel.fail(error)
         if not channel.more:
             self.live.pop(channel, None)
+            if channel.muted:
+                channel.muted = False
+                self._kicks.modify(channel.kick_fd, _HEARD)  # tells at once if it has been kicked
         return channel.more
 
     def _missed(self) -> None:
@@ -502,6 +526,15 @@ class Poller:
         else:
             self.sleeps += 1
             self._slept_at = self._clock()
+
+    def looks_at(self, channel: Channel) -> bool:
+        """It is being polled: a kick of it was not asked for."""
+        return self.window_ns > 0 and channel in self.live
+
+    def mute(self, channel: Channel) -> None:
+        """Its guest kicks a ring that is not armed: not heard until it is. Such a kick then wakes nobody."""
+        channel.muted = True
+        self._kicks.modify(channel.kick_fd, 0)
 
     def _on_kicks(self) -> None:
         self.woken()

@@ -1,4 +1,4 @@
-"""The in-flight journal of a blkif ring: what the ring alone cannot tell, in a memfd that outlives the worker.
+"""The in-flight journals of a vbd's rings: what a ring alone cannot tell, in a memfd that outlives the worker.
 
 Response i overwrites the slot of request i, so that a new worker could not know from the ring which requests are still
 due. The journal keeps a private copy of each, in vhost-user's order:
@@ -8,6 +8,9 @@ due. The journal keeps a private copy of each, in vhost-user's order:
     target -> the ring's rsp_prod -> entries FREE -> published        push
 
 A worker may die between any two of these stores; BlkRing.attach (evtchnd/_core/blk.py) puts each case right.
+
+Each queue of a vbd has a journal of its own; they lie one behind the other, all of one size. Between the queues there
+is no order to keep: a frontend that wants one waits for the answer.
 
     0    u32 magic 'EVJL' | u32 version | u32 entries | u32 stride (128)
     16   u64 consumed      absolute index of the next request to take (the ring's req_cons is its lower half)
@@ -27,6 +30,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import struct
 from typing import NamedTuple
 
 from evtchnd._core.words import Mem
@@ -40,30 +44,36 @@ STRIDE = 128
 FREE, INFLIGHT, DONE = 0, 1, 2
 # 16 ring pages hold 512 requests of the 32-bit or 64-bit ABI
 MAX_ENTRIES = 1024
+# As many as config.Vbd.max_queues may say
+MAX_QUEUES = 64
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def size_of(entries: int) -> int:
-    """Bytes of a journal for `entries` requests in flight, whole pages."""
+    """Bytes of one queue's journal for `entries` requests in flight, whole pages."""
     return (HEADER + entries * STRIDE + mmap.PAGESIZE - 1) & -mmap.PAGESIZE
 
 
-def create(entries: int, *, name: str) -> int:
-    """A new, empty journal for a ring of at most `entries` requests (blkif: 32 a page); -> its memfd, sealed.
+def create(entries: int, *, queues: int = 1, name: str) -> int:
+    """New, empty journals for `queues` rings of at most `entries` requests (blkif: 32 a page); -> the memfd, sealed.
 
     The caller owns the descriptor. HostError if there is none to be had.
     """
     if not 0 < entries <= MAX_ENTRIES:
         raise ValueError(f"a journal has 1 to {MAX_ENTRIES} entries, not {entries}")
+    if not 0 < queues <= MAX_QUEUES:
+        raise ValueError(f"1 to {MAX_QUEUES} queues have journals, not {queues}")
     try:
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
         raise HostError(f"journal {name}: {error.strerror}") from None
     try:
-        os.ftruncate(fd, size_of(entries))
+        os.ftruncate(fd, queues * size_of(entries))
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        os.pwrite(fd, b"".join(word.to_bytes(4, "little") for word in (MAGIC, VERSION, entries, STRIDE)), 0)
+        head = b"".join(word.to_bytes(4, "little") for word in (MAGIC, VERSION, entries, STRIDE))
+        for queue in range(queues):
+            os.pwrite(fd, head, queue * size_of(entries))
     except BaseException as error:
         os.close(fd)
         if isinstance(error, OSError):
@@ -83,12 +93,12 @@ class Left(NamedTuple):
 
 
 class Journal:
-    """An existing journal, mapped. HostError if it is none, of another version, or too small.
+    """The journal of one queue, mapped. HostError if it is none, of another version, or too small.
 
     mem: its memory; entries: how many requests it holds. The descriptor is not kept.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, queue: int = 0) -> None:
         try:
             size = os.fstat(fd).st_size
         except OSError as error:
@@ -97,19 +107,15 @@ class Journal:
             raise HostError(f"journal: {size} bytes are no journal")
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK == 0:
             raise HostError("journal: is not sealed against shrinking")
-        region = map_range(fd, 0, size, "journal")
+        each = _size_of_each(fd, size)
+        if (queue + 1) * each > size:
+            raise HostError(f"journal: {size // each} queues, queue {queue} is not there")
+        region = map_range(fd, queue * each, each, "journal")
         self._area = region.area
         self.mem = Mem(region.view)
         region.view.release()
         magic, version, self.entries, stride = (self.mem.load(off) for off in (0, 4, 8, 12))
-        reason = ""
-        if magic != MAGIC:
-            reason = f"magic {magic:#x} is not {MAGIC:#x}"
-        elif version != VERSION or stride != STRIDE:
-            reason = f"version {version} with entries of {stride} bytes; this program writes version {VERSION}"
-        elif not 0 < self.entries <= MAX_ENTRIES or size != size_of(self.entries):
-            reason = f"{self.entries} entries do not make {size} bytes"
-        if reason:
+        if reason := _fault(magic, version, self.entries, stride, each):
             self.close()
             raise HostError(f"journal: {reason}: it cannot be replayed")
 
@@ -175,3 +181,23 @@ class Journal:
         """Unmap it; the memfd and what is in it stay. Idempotent. Close the ring first."""
         self.mem.close()
         self._area.close()
+
+
+def _size_of_each(fd: int, size: int) -> int:
+    """Bytes of one queue's journal, as the first one says."""
+    magic, version, entries, stride = struct.unpack("<4I", os.pread(fd, 16, 0))
+    each = size_of(entries) if 0 < entries <= MAX_ENTRIES else size
+    if reason := _fault(magic, version, entries, stride, each if size % each == 0 else 0):
+        raise HostError(f"journal: {reason}: it cannot be replayed")
+    return each
+
+
+def _fault(magic: int, version: int, entries: int, stride: int, size: int) -> str:
+    """What is wrong with a header whose journal has `size` bytes; "" if nothing is."""
+    if magic != MAGIC:
+        return f"magic {magic:#x} is not {MAGIC:#x}"
+    if version != VERSION or stride != STRIDE:
+        return f"version {version} with entries of {stride} bytes; this program writes version {VERSION}"
+    if not 0 < entries <= MAX_ENTRIES or size != size_of(entries):
+        return f"{entries} entries do not make {size} bytes"
+    return ""

@@ -50,6 +50,7 @@ class Type(IntEnum):
     DISK_REMOVE = 15
     RELEASE = 16
     PING = 17
+    CONSOLE = 18
     BIND_PORTS = 32
     UNBIND_PORTS = 33
 
@@ -66,6 +67,7 @@ class Feature(IntFlag):
 
     RESUME = 1  # daemon: serves RESUME
     DISK = 2  # daemon: serves DISK and DISK_REMOVE
+    CONSOLE = 4  # daemon: serves CONSOLE
 
 
 class Kind(IntEnum):
@@ -386,6 +388,20 @@ class Ping(Message):
     """Empty; either side asks."""
 
     type: ClassVar[Type] = Type.PING
+
+
+@dataclass(frozen=True, slots=True)
+class Console(Message):
+    """The guest's primary console: struct { uint32_t port, pad; uint64_t gfn; }; its page is in a memory slot."""
+
+    port: int
+    gfn: int
+    type: ClassVar[Type] = Type.CONSOLE
+    layout: ClassVar[struct.Struct] = struct.Struct("<I4xQ")
+
+    def __post_init__(self) -> None:
+        check_port(self.port)
+        check(0 <= self.gfn < MAX_GFN, f"console page: gfn {self.gfn:#x} is not below {MAX_GFN:#x}")
 
 
 # ---- the daemon asks -------------------------------------------------------------------------------------------

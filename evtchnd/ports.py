@@ -148,7 +148,7 @@ class PortTable:
         self.domid = domid
         self.vcpus = vcpus
         self.long_mode = long_mode
-        self._timers = timers
+        self.timers = timers
         self._pirqs: dict[int, tuple[int, int]] = {}  # a device's eventfd and its serial, by pirq
         self._deliver = deliver
         self._ports: dict[int, Status] = {}
@@ -408,7 +408,7 @@ class PortTable:
     def _setting(self, port: int, status: Status) -> Setting | None:
         if status.state is Evtchnstat.IPI:
             return Setting(port, Kind.IPI, status.vcpu, port)
-        if status.state is Evtchnstat.VIRQ and status.irq == Virq.TIMER and self._timers:
+        if status.state is Evtchnstat.VIRQ and status.irq == Virq.TIMER and self.timers:
             return Setting(port, Kind.TIMER, status.vcpu)
         if status.state is Evtchnstat.PIRQ and status.irq in self._pirqs:
             fd, serial = self._pirqs[status.irq]

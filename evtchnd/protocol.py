@@ -40,6 +40,7 @@ from evtchnd.messages import (
     Ack,
     BindPorts,
     BindPortsReply,
+    Console,
     Disk,
     DiskFlag,
     DiskRemove,
@@ -154,6 +155,7 @@ MESSAGES: Mapping[Type, Spec] = {
     Type.DISK_REMOVE: Spec(DiskRemove, True, _OURS),
     Type.RELEASE: Spec(Release, True, _OURS),
     Type.PING: Spec(Ping, True, _ANY, daemon=True),
+    Type.CONSOLE: Spec(Console, True, _SETUP),
     Type.BIND_PORTS: Spec(BindPorts, False, _OURS, daemon=True, reply=BindPortsReply),
     Type.UNBIND_PORTS: Spec(UnbindPorts, False, _OURS, daemon=True),
 }
@@ -254,6 +256,7 @@ __all__ = [
     "BindPorts",
     "BindPortsReply",
     "Body",
+    "Console",
     "Disk",
     "DiskFlag",
     "DiskRemove",

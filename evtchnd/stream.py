@@ -41,7 +41,8 @@ XENSTORE_FEATURES, XENSTORE_CONNECTION, XENSTORE_ERROR = 2064, 2068, 2072
 
 # struct xencons_interface: in[1024] out[2048] in_cons in_prod out_cons out_prod connection; in is to the guest
 CONSOLE = StreamLayout("console ring", ByteRing(1024, 2048, 3080, 3084), ByteRing(0, 1024, 3072, 3076))
-CONSOLE_CONNECTION = 3088
+CONSOLE_CONNECTION = 3088  # uint8_t, since Xen 4.21: who waits for the other value does not write into `out`
+CONSOLE_CONNECTED, CONSOLE_DISCONNECTED = 0, 1
 
 
 class ByteStream:
@@ -136,6 +137,12 @@ class ByteStream:
         self._mem.store(self._out.prod, self._prod)
         full_fence()
         return n
+
+    def attach(self) -> None:
+        """Takes this side's indices from the page again: a guest that starts over (kexec, a reboot on the same page)
+        has set them. One that lies about them loses bytes of its own."""
+        self._cons = self._mem.load(self._in.cons)
+        self._prod = self._mem.load(self._out.prod)
 
     def reset(self) -> None:
         """Both directions empty, all four indices 0 (a reconnect that both sides agreed upon)."""

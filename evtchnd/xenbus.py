@@ -98,6 +98,7 @@ class Backend:
         self._changed = asyncio.Event()
         self._stack = AsyncExitStack()
         self._lost: BaseException | None = None
+        self._writing = asyncio.Lock()  # `state` in the store and here, as one
 
     async def __aenter__(self) -> Self:
         try:
@@ -162,8 +163,7 @@ class Backend:
 
     async def announce(self, nodes: Mapping[str, str]) -> None:
         """Publishes the backend's `nodes` and InitWait, all at once."""
-        await self._write({**nodes, "state": str(int(XenbusState.INIT_WAIT))})
-        self.state = XenbusState.INIT_WAIT
+        await self._write(XenbusState.INIT_WAIT, nodes)
 
     async def frontend_nodes(self, names: Iterable[str]) -> dict[str, str]:
         """Those of the frontend's nodes `names` that exist."""
@@ -176,15 +176,28 @@ class Backend:
 
     async def switch(self, state: XenbusState) -> None:
         """Writes the own state."""
-        await self._write({"state": str(int(state))})
-        self.state = state
+        await self._write(state, {})
 
-    async def _write(self, nodes: Mapping[str, str]) -> None:
+    async def update(self, nodes: Mapping[str, str]) -> None:
+        """Publishes changed `nodes` while the device is offered or connected, and `state` anew with its same value.
+
+        That write fires the frontend's watch: it looks at the nodes again (how Linux' blkfront learns of a new size).
+        """
+        async with self._writing:
+            if self.state in (XenbusState.INIT_WAIT, XenbusState.CONNECTED):
+                await self._write_all(self.state, nodes)
+
+    async def _write(self, state: XenbusState, nodes: Mapping[str, str]) -> None:
+        async with self._writing:
+            await self._write_all(state, nodes)
+            self.state = state
+
+    async def _write_all(self, state: XenbusState, nodes: Mapping[str, str]) -> None:
         """Nothing is written where the toolstack has removed the device: that would bring its folder back."""
 
         async def body(transaction: Transaction) -> None:
             if await transaction.exists(self._backend):
-                for name, value in nodes.items():
+                for name, value in {**nodes, "state": str(int(state))}.items():
                     await transaction.write(f"{self._backend}/{name}", value)
 
         await self._store.transact(body)

@@ -71,6 +71,14 @@ class DaemonProcess:
         """The log so far."""
         return self.log.read_text()
 
+    def end_at_once(self) -> None:
+        """SIGKILL, instead of an end in order."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -105,7 +113,7 @@ def until(ready: Callable[[], object], what: str, seconds: float = 30.0) -> None
 
 
 async def serve(daemon: Any) -> None:
-    from evtchnd.control import diskspec
+    from evtchnd import diskspec
     from evtchnd.errors import EvtchndError
 
     reader = asyncio.StreamReader()

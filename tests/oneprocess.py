@@ -21,6 +21,7 @@ from evtchnd import journal
 from evtchnd._core.uring import Uring
 from evtchnd.abi import PAGE_SIZE
 from evtchnd.channel import Poller
+from evtchnd.control import toolstack
 from evtchnd.control.config import Vbd
 from evtchnd.errors import GuestError
 from evtchnd.grants import GrantTable
@@ -202,17 +203,34 @@ class Host:
         image: str | os.PathLike[str],
         *,
         readonly: bool = False,
+        cdrom: bool = False,
+        direct: bool = False,
+        sector_size: int = 0,
+        discard: bool = True,
         options: Vbd | None = None,
         nodes: bool = True,
     ) -> Device:
         """The nodes and the backend's coroutine."""
         if nodes:
             self.write_nodes(devid)
-        disk_fd = os.open(image, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+        if not discard:
+            self.server.write(f"{self.backend(devid)}/discard-enable", "0")
+        flags = (os.O_RDONLY if readonly else os.O_RDWR) | (os.O_DIRECT if direct else 0)
+        disk_fd = os.open(image, flags | os.O_CLOEXEC)
         options = options or Vbd()
-        journal_fd = journal.create(512, name=f"vbd-{devid}")
+        journal_fd = journal.create(512, queues=options.max_queues, name=f"vbd-{devid}")
         self._fds += [disk_fd, journal_fd]
-        return self.run(devid, disk_fd, journal_fd, readonly=readonly, options=options, connected=None)
+        return self.run(
+            devid,
+            disk_fd,
+            journal_fd,
+            readonly=readonly,
+            cdrom=cdrom,
+            direct=direct,
+            sector_size=sector_size,
+            options=options,
+            connected=None,
+        )
 
     def run(
         self,
@@ -223,6 +241,9 @@ class Host:
         readonly: bool,
         options: Vbd,
         connected: Params | None,
+        cdrom: bool = False,
+        direct: bool = False,
+        sector_size: int = 0,
         grants: GrantTable | None = None,
         memory: GuestMemory | None = None,
     ) -> Device:
@@ -241,14 +262,15 @@ class Host:
             completions=completions,
             disk_fd=disk_fd,
             readonly=readonly,
-            cdrom=False,
-            direct=False,
+            cdrom=cdrom,
+            direct=direct,
+            sector_size=sector_size,
             journal_fd=journal_fd,
             options=options,
             connected=connected,
             bind=self._bind,
             unbind=self._unbind,
-            report=lambda params: self.reported.__setitem__(devid, params),
+            report=lambda params: self._report(device, params),
         )
         self.devices[devid] = device
         task = self.tasks[devid] = self.loop.create_task(blkback.run(device))
@@ -260,6 +282,11 @@ class Host:
 
         task.add_done_callback(ended)
         return device
+
+    def _report(self, device: Device, params: Params | None) -> None:
+        self.reported[device.devid] = params
+        if params is None:
+            toolstack.forget_rings(self.server, device)
 
     async def _bind(self, ports: Sequence[int]) -> list[tuple[int, int]]:
         await asyncio.sleep(0)

@@ -280,7 +280,7 @@ async def test_what_a_dead_worker_left_is_done_once(tmp_path: Path, died: str) -
         grants = GrantTable(memory, world.domid)
         for index in range(world.vm.frames):
             grants.add_frame(index, world.vm.grant_fd, index * PAGE_SIZE)
-        pages = [grants.map(gref, write=True) for gref in params["grefs"]]
+        pages = [grants.map(gref, write=True) for gref in params["queues"][0]["grefs"]]
         ring = BlkRing(
             grants,
             pages,

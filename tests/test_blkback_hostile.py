@@ -124,7 +124,7 @@ async def test_bad_requests_are_answered_and_the_disk_goes_on(tmp_path: Path, ca
             disk = front(world)
             disk.connect()
             for what, build in BAD.items():
-                op = 77 if what == "unknown operation" else build(0, disk._slots[0].grefs)[0]
+                op = 77 if what == "unknown operation" else build(0, disk.queues[0]._slots[0].grefs)[0]
                 disk.submit_raw(build, op=op)
                 (done,) = disk.complete()
                 assert done.status == (Status.EOPNOTSUPP if op == 77 else Status.ERROR), what
@@ -187,7 +187,7 @@ async def test_an_index_jump_stops_that_device_and_no_other(
             neighbour.connect()
             disk.connect()
             assert disk.read(0, 1) == content[:SECTOR_SIZE]
-            with disk._ring_views[0].cast("I") as words:
+            with disk.queues[0]._ring_views[0].cast("I") as words:
                 words[0] = (words[0] + by) & 0xFFFFFFFF
             world.vm.send(disk.port)
             disk.bus.wait_backend(5)  # type: ignore[arg-type]
@@ -225,7 +225,7 @@ async def test_requests_that_change_while_they_are_read(tmp_path: Path) -> None:
             disk = front(world, depth=1)
             disk.connect()
             stop = threading.Event()
-            ring = disk._ring_views[0]
+            ring = disk.queues[0]._ring_views[0]
 
             def flip() -> None:
                 rng = random.Random(3)
@@ -233,17 +233,17 @@ async def test_requests_that_change_while_they_are_read(tmp_path: Path) -> None:
                 while not stop.is_set():
                     slot = 64 + 112 * (disk.requests % 32)
                     ring[slot + 1 : slot + 2] = rng.choice(counts)
-                    ring[slot + 24 : slot + 28] = rng.choice(disk._slots[0].grefs).to_bytes(4, "little")
+                    ring[slot + 24 : slot + 28] = rng.choice(disk.queues[0]._slots[0].grefs).to_bytes(4, "little")
                     ring[slot + 16 : slot + 24] = rng.choice((0, 8, 1 << 60)).to_bytes(8, "little")
 
             def answered(ident: int) -> None:
                 """One response. The flipping thread may hit the second byte of its id: no fault of the backend's."""
                 disk.push()
-                disk._wait(30)
+                disk.queues[0]._wait(30)
                 (response,) = disk.ring.responses(32)
                 seen, _, status = X86_64.response.unpack_from(response)
                 assert (seen ^ ident) & ~0xFF00 == 0 and status in (Status.OKAY, Status.ERROR)
-                disk._idle.append(disk._open.pop(ident))
+                disk.queues[0]._idle.append(disk.queues[0]._open.pop(ident))
 
             thread = threading.Thread(target=flip)
             thread.start()
@@ -331,20 +331,20 @@ async def test_a_wrong_response_is_noticed(tmp_path: Path) -> None:
             assert [d.ident for d in done] == [ident]
             answer = X86_64.response.pack(ident, 0, 0)
             with pytest.raises(GuestFault, match="not in flight"):
-                disk._finish(answer, 0)
+                disk.queues[0]._finish(answer, 0)
             ident = disk.submit_read(0, 8)
             with pytest.raises(GuestFault, match="the response says 1"):
-                disk._finish(X86_64.response.pack(ident, 1, 0), 0)
-            disk._open.clear()
+                disk.queues[0]._finish(X86_64.response.pack(ident, 1, 0), 0)
+            disk.queues[0]._open.clear()
             ident = disk.submit_read(0, 8)
-            gref = disk._open[ident].grefs[0]
+            gref = disk.queues[0]._open[ident].grefs[0]
             words = world.vm.grants.cast("I")
             words[2 * gref] |= 1 << 4
             with pytest.raises(GuestFault, match="still in use"):
-                disk._finish(X86_64.response.pack(ident, 0, 0), 0)
+                disk.queues[0]._finish(X86_64.response.pack(ident, 0, 0), 0)
             words[2 * gref] &= ~(1 << 4)
             words.release()
-            disk._open.clear()  # what was never pushed
+            disk.queues[0]._open.clear()  # what was never pushed
             disk.disconnect()
 
         await world.guest(guest)

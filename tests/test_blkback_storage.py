@@ -11,7 +11,7 @@ import pytest
 
 from evtchnd.abi import PAGE_SIZE, XenbusState
 from evtchnd.guest.xenbus import Frontend
-from evtchnd_backends import blkback
+from evtchnd_backends import vbd
 from vbd import VBD, front, host, image
 
 
@@ -19,7 +19,7 @@ async def test_a_closed_connection_waits_for_its_storage_and_the_next_one_is_cle
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guest that is kexec'ed meanwhile: its pages are still written to, and the late answer is not the new ring's."""
-    monkeypatch.setattr(blkback, "DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr(vbd, "DRAIN_SECONDS", 0.1)
     file, content = image(tmp_path)
     async with host() as world:
         device = world.attach(VBD, file)
@@ -58,7 +58,7 @@ async def test_a_closed_connection_waits_for_its_storage_and_the_next_one_is_cle
 async def test_a_detach_by_force_does_not_wait_for_the_storage(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blkback, "DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr(vbd, "DRAIN_SECONDS", 0.1)
     file, _ = image(tmp_path)
     async with host() as world:
         device = world.attach(VBD, file)
@@ -94,7 +94,7 @@ async def test_a_ring_that_cannot_be_attached_again_is_forgotten(tmp_path: Path)
         await world.guest(disk.connect)
         params = world.reported[VBD]
         await world.kill(VBD)
-        gone = {**(params or {}), "grefs": [2000]}
+        gone = {**(params or {}), "queues": [{"grefs": [2000], "port": disk.port}]}
         world.run(VBD, device.disk_fd, device.journal_fd, readonly=False, options=device.options, connected=gone)
         await world.until(lambda: world.state(VBD) == "5", "Closing")
         assert world.reported[VBD] is None

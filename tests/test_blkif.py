@@ -83,30 +83,43 @@ def nodes(**changes: str | None) -> dict[str, str]:
     return {name: value for name, value in {**base, **named}.items() if value is not None}
 
 
+def rings(found: dict[str, str]) -> keys.Rings:
+    """As blkback reads them: first what holds for all queues, then what that leads to."""
+    first = {name: value for name, value in found.items() if name in keys.SHARED_NODES}
+    rest = keys.queue_nodes(first, max_order=4, max_queues=4)
+    read = {**first, **{name: value for name, value in found.items() if name in rest}}
+    return keys.frontend_rings(read, max_order=4, max_queues=4)
+
+
+NAMES = (*keys.SHARED_NODES, "event-channel", "ring-ref", "ring-ref0", "ring-ref1", "queue-0/ring-ref")
+
+
 def test_one_page_under_either_name() -> None:
-    assert keys.frontend_ring(nodes(), max_order=4) == keys.Ring((8,), 3, X86_64)
+    assert rings(nodes()) == keys.Rings(X86_64, (keys.Queue((8,), 3),))
     other = nodes(ring_ref=None, ring_ref0="9", ring_page_order="0")
-    assert keys.frontend_ring(other, max_order=4) == keys.Ring((9,), 3, X86_64)
+    assert rings(other) == keys.Rings(X86_64, (keys.Queue((9,), 3),))
     # Linux writes ring-ref, and ring-page-order beside it only for more
-    assert keys.frontend_ring(nodes(ring_page_order="0"), max_order=4).grefs == (8,)
+    assert rings(nodes(ring_page_order="0")).queues[0].grefs == (8,)
 
 
 @pytest.mark.parametrize("size", [{"ring_page_order": "2"}, {"num_ring_pages": "4"}])
 def test_several_pages(size: dict[str, str]) -> None:
     refs: dict[str, str] = {f"ring-ref{index}": str(20 + index) for index in range(4)}
-    assert keys.frontend_ring({**nodes(ring_ref=None, **size), **refs}, max_order=4).grefs == (20, 21, 22, 23)
+    assert rings({**nodes(ring_ref=None, **size), **refs}).queues[0].grefs == (20, 21, 22, 23)
 
 
 def test_protocols() -> None:
-    assert keys.frontend_ring(nodes(protocol="x86_32-abi"), max_order=0).layout is X86_32
+    assert rings(nodes(protocol="x86_32-abi")).layout is X86_32
     # as Linux' and QEMU's backends on x86 take it
-    assert keys.frontend_ring(nodes(protocol=None), max_order=0).layout is X86_32
+    assert rings(nodes(protocol=None)).layout is X86_32
 
 
 def test_a_ring_in_a_log_line() -> None:
-    one = keys.frontend_ring(nodes(protocol="x86_64-abi", event_channel="3"), max_order=0)
+    one = rings(nodes(protocol="x86_64-abi", event_channel="3"))
     assert str(one) == "x86_64-abi, 1 ring page, port 3"
-    assert str(keys.Ring((8, 9), 4, X86_32)) == "x86_32-abi, 2 ring pages, port 4"
+    assert str(keys.Rings(X86_32, (keys.Queue((8, 9), 4),))) == "x86_32-abi, 2 ring pages, port 4"
+    two = keys.Rings(X86_64, (keys.Queue((8,), 4), keys.Queue((9,), 5)))
+    assert str(two) == "x86_64-abi, 2 queues of 1 ring page, ports 4, 5"
 
 
 @pytest.mark.parametrize(
@@ -133,24 +146,71 @@ def test_a_ring_in_a_log_line() -> None:
 )
 def test_what_is_wrong_is_named(wrong: dict[str, str | None], line: str) -> None:
     with pytest.raises(GuestError) as caught:
-        keys.frontend_ring(nodes(**wrong), max_order=4)
+        rings(nodes(**wrong))
+    assert str(caught.value) == line
+
+
+def queues(count: int, **changes: str | None) -> dict[str, str]:
+    """What Linux writes for `count` queues of one page; a `__` in a name of `changes` is a `/`."""
+    base = {"multi-queue-num-queues": str(count), "protocol": "x86_64-abi"}
+    for index in range(count):
+        base |= {f"queue-{index}/ring-ref": str(20 + index), f"queue-{index}/event-channel": str(5 + index)}
+    named = {name.replace("__", "/").replace("_", "-"): value for name, value in changes.items()}
+    return {name: value for name, value in {**base, **named}.items() if value is not None}
+
+
+def test_several_queues() -> None:
+    found = rings(queues(3))
+    assert found == keys.Rings(X86_64, tuple(keys.Queue((20 + index,), 5 + index) for index in range(3)))
+    # the top level is not theirs
+    assert rings({**queues(2), "ring-ref": "99", "event-channel": "98"}) == rings(queues(2))
+    # one queue lies there
+    assert rings(nodes(multi_queue_num_queues="1")) == rings(nodes())
+    pages = {f"queue-{queue}/ring-ref{page}": str(20 + 2 * queue + page) for queue in range(2) for page in range(2)}
+    two = rings({**queues(2, queue_0__ring_ref=None, queue_1__ring_ref=None, ring_page_order="1"), **pages})
+    assert [queue.grefs for queue in two.queues] == [(20, 21), (22, 23)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"multi_queue_num_queues": "0"}, "multi-queue-num-queues: 0 queues, 1 to 4 are possible"),
+        ({"multi_queue_num_queues": "5"}, "multi-queue-num-queues: 5 queues, 1 to 4 are possible"),
+        ({"multi_queue_num_queues": "4294967295"}, "multi-queue-num-queues: 4294967295 queues, 1 to 4 are possible"),
+        ({"multi_queue_num_queues": "two"}, "multi-queue-num-queues: 'two' is no number"),
+        ({"multi_queue_num_queues": "-2"}, "multi-queue-num-queues: '-2' is no number"),
+        ({"multi_queue_num_queues": "1"}, "ring-ref0: missing"),
+        ({"multi_queue_num_queues": "3"}, "queue-2/ring-ref0: missing"),
+        ({"queue_1__ring_ref": None}, "queue-1/ring-ref0: missing"),
+        ({"queue_1__ring_ref": "x"}, "queue-1/ring-ref: 'x' is no number"),
+        ({"queue_0__event_channel": None}, "queue-0/event-channel: missing"),
+        ({"queue_1__event_channel": "0"}, "queue-1/event-channel: port 0 is never valid"),
+        ({"queue_1__event_channel": "5"}, "event-channel: one port for two queues: [5, 5]"),
+        ({"queue_1__ring_ref": "20"}, "ring-ref: the same page twice: [20, 20]"),
+    ],
+)
+def test_what_is_wrong_with_queues_is_named(wrong: dict[str, str | None], line: str) -> None:
+    with pytest.raises(GuestError) as caught:
+        rings(queues(2, **wrong))
     assert str(caught.value) == line
 
 
 @given(
     st.dictionaries(
-        st.sampled_from(keys.FRONTEND_NODES),
+        st.sampled_from(NAMES),
         st.one_of(st.integers(-1, 1 << 33).map(str), st.sampled_from(list(LAYOUTS)), st.text(max_size=6)),
     )
 )
 def test_any_nodes_give_a_ring_or_a_guest_error(found: dict[str, str]) -> None:
     try:
-        ring = keys.frontend_ring(found, max_order=4)
+        found_rings = rings(found)
     except GuestError as error:
         assert "\n" not in str(error)
     else:
-        assert len(ring.grefs) in (1, 2, 4, 8, 16) and ring.port
-        assert keys.Ring.from_params(ring.params()) == ring
+        assert 1 <= len(found_rings.queues) <= 4
+        for queue in found_rings.queues:
+            assert len(queue.grefs) in (1, 2, 4, 8, 16) and queue.port
+        assert keys.Rings.from_params(found_rings.params()) == found_rings
 
 
 def test_features() -> None:
@@ -160,9 +220,11 @@ def test_features() -> None:
         physical_sector_size=4096,
         readonly=True,
         cdrom=True,
+        max_queues=4,
         max_ring_page_order=4,
         max_indirect_segments=0,
     )
-    assert found["info"] == "5" and found["max-ring-pages"] == "16"
+    assert found["info"] == "7" and found["max-ring-pages"] == "16"
+    assert found["multi-queue-max-queues"] == "4" and found["feature-persistent"] == found["feature-discard"] == "0"
     # what does not work is not offered
-    assert not {"feature-max-indirect-segments", "feature-discard", "feature-barrier"} & set(found)
+    assert not {"feature-max-indirect-segments", "discard-granularity", "feature-barrier"} & set(found)

@@ -634,6 +634,58 @@ async def test_a_kick_that_nobody_reads_is_followed_by_others(channels: Callable
     assert os.eventfd_read(served.channel.kick_fd) == 49
 
 
+async def test_kicks_of_a_ring_that_is_not_armed_are_not_heard(
+    channels: Callable[..., Channel], polling: Callable[..., Poller]
+) -> None:
+    """A guest that kicks with every request: one kick tells that it does, the others wake nobody."""
+    poller = polling(max_us=50, clock=Clock(step=1000))
+    served = Served(channels(poller))
+    kicks = 0
+    for episode in range(1, 4):
+        for _ in range(50):
+            served.ring.prod += 1
+            os.eventfd_write(served.channel.kick_fd, 1)
+            kicks += 1
+            await until(lambda: served.taken == served.ring.prod)
+        assert served.channel.wakeups <= 2 * episode
+        await quiet(poller)  # armed: the next one is heard
+    assert served.channel.kicks == kicks
+    assert not served.channel.muted
+
+
+async def test_a_kick_between_the_arming_and_the_hearing(
+    channels: Callable[..., Channel], polling: Callable[..., Poller]
+) -> None:
+    """The guest saw the event index and kicked before the epoll listened again."""
+    poller = polling(max_us=50, clock=Clock(step=1000))
+    served = Served(channels(poller))
+    served.ring.put()
+    await until(lambda: served.taken == 1)
+    late = 0
+
+    def arm() -> bool:
+        nonlocal late
+        more = served.ring.arm()
+        if not late and served.channel.muted:
+            late = 1
+            served.ring.put()
+        return more
+
+    served.channel.watch(served.ring.pending, arm)
+    os.eventfd_write(served.channel.kick_fd, 1)  # unasked
+    await until(lambda: served.taken == 2)
+    assert late
+
+
+async def test_a_kick_that_is_counted_is_not_lost(channels: Callable[..., Channel]) -> None:
+    """Somebody asks for the counters between the guest's kick and the loop's turn."""
+    served = Served(channels())
+    for number in range(1, 20):
+        served.ring.put()
+        assert served.channel.kicks == number
+        await until(lambda number=number: served.taken == number)
+
+
 async def test_one_that_closes_another_that_was_kicked_with_it(
     channels: Callable[..., Channel], polling: Callable[..., Poller]
 ) -> None:

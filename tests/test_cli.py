@@ -188,7 +188,7 @@ def test_capabilities_are_json() -> None:
     done = run("evtchnd", "--print-capabilities")
     said = json.loads(done.stdout)
     assert done.returncode == 0
-    assert (said["type"], said["devices"], said["disk-formats"]) == ("xen-backends", ["vbd"], ["raw"])
+    assert (said["type"], said["devices"], said["disk-formats"]) == ("xen-backends", ["console", "vbd"], ["raw"])
     assert said["protocol"]["version"] == 1
     assert said["operator-interfaces"] == ["io.evtchnd"]
 
@@ -296,6 +296,21 @@ def test_a_domain_and_its_disk_from_first_to_last(daemon: Running, image: Path) 
         assert "domain   7 guest" in text
         assert f"vbd 51712 xvda initialising ro {image}" in text or f"vbd 51712 xvda waits ro {image}" in text
 
+        (row,) = json.loads(ctl(daemon.folder, "block-list", "guest", "-o", "json").stdout)
+        assert (row["vdev"], row["sectors"], row["sector_size"], row["cache"]) == ("xvda", 2048, 512, "writeback")
+        head, line = ctl(daemon.folder, "block-list", "7").stdout.splitlines()
+        assert head.split()[:7] == ["Vdev", "Devid", "State", "Access", "MiB", "Sector", "Queues"]
+        assert line.split()[:2] == ["xvda", "51712"] and line.split()[3:6] == ["ro", "1", "512"]
+        assert line.endswith(str(image))
+
+        dry = ctl(daemon.folder, "block-resize", "7", "xvda", "2M", "--dry-run")
+        assert dry.stdout == "would make 2097152 bytes of xvda (51712)\n"
+        refused = ctl(daemon.folder, "block-resize", "7", "xvda", "2M")
+        assert refused.stderr.endswith("vbd 51712: is attached read-only: its image is not made longer\n")
+        os.truncate(image, 3 << 20)  # by its owner
+        assert ctl(daemon.folder, "block-resize", "7", "xvda").stdout == "domain 7: xvda (51712): 3 MiB\n"
+        assert json.loads(ctl(daemon.folder, "block-resize", "7", "xvda", "-o", "json").stdout)["sectors"] == 6144
+
         gone = json.loads(ctl(daemon.folder, "block-detach", "guest", "xvda", "-o", "json").stdout)
         assert gone["vdev"] == "xvda"
         missing = ctl(daemon.folder, "block-detach", "7", "xvda")
@@ -316,6 +331,12 @@ def test_a_domain_and_its_disk_from_first_to_last(daemon: Running, image: Path) 
         (["block-attach", "none", "{image},raw,xvda"], "no domain named 'none'"),
         (["block-attach", "8", "{image},raw,xvda"], "domain 8 is not there"),
         (["info", "8"], "domain 8 is not there"),
+        (["block-list", "8"], "domain 8 is not there"),
+        (["block-resize", "7", "xvda"], "no disk xvda"),
+        (["block-resize", "7", "xvda", "big"], "'big' is no size (10G, 512M, 1073741824)"),
+        (["block-resize", "7", "xvda", "0"], "'0' is no size"),
+        (["block-resize", "7", "xvda", "99999999T"], "'99999999T' is no size"),
+        (["block-attach", "7", "vdev=xvda,cache=some,target={image}"], "'some' is no cache (writeback, none)"),
     ],
 )
 def test_what_is_refused_is_one_line_with_its_reason(
@@ -405,7 +426,7 @@ def test_the_command_starts_without_the_daemons_imports() -> None:
         check=True,
     )
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "evtchnd.control.diskspec" in imported
+    assert "evtchnd.diskspec" in imported
     assert not imported & {
         "asyncio",
         "uvloop",

@@ -28,7 +28,7 @@ def open_fds() -> int:
 
 def agree(daemon: Daemon, question: transport.Question, fds: list[int]) -> p.Body | None:
     if isinstance(question.message, p.Hello):
-        return p.HelloReply(features=question.message.features & 3)
+        return p.HelloReply(features=question.message.features & 7)
     return p.Ack(question.message.type)
 
 
@@ -159,6 +159,7 @@ def test_a_domains_life(start: Start) -> None:
     client.memory([MemorySlot(0, 0, 10, ram), MemorySlot(1, 100, 10, ram, 40960)])
     client.grant_frames([GrantFrame(0, ram, 81920)])
     client.xenstore(1, ram, 86016)
+    client.console(2, 109)
     client.start()
     client.slot_add(MemorySlot(5, 200, 1, ram, 0))
     client.slot_remove(5)
@@ -170,9 +171,9 @@ def test_a_domains_life(start: Start) -> None:
     client.ping()
     client.release(3)
     os.close(ram)
-    assert client.features == p.Feature.RESUME | p.Feature.DISK
+    assert client.features == p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE
     assert daemon.asked == [
-        (p.Hello(1, 3), 0),
+        (p.Hello(1, 7), 0),
         (p.Register(7, 1, 2, 1, b"\7" * 16, "web"), 0),
         (p.TableBegin(1, 2), 0),
         # one memfd, sent once
@@ -182,6 +183,7 @@ def test_a_domains_life(start: Start) -> None:
         (p.TableChunk(2, (p.GrantEntry(0, 0, 81920),)), 1),
         (p.TableCommit(2), 0),
         (p.XenStore(1, 86016), 1),
+        (p.Console(2, 109), 0),
         (p.Start(), 0),
         (p.MemoryEntry(5, 0, 200, 1, 0), 1),
         (p.SlotRemove(5), 0),

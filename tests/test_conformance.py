@@ -21,7 +21,7 @@ from evtchnd.vmm.conform_daemon import Suite
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}"}
 
-# A VMM over our client: registers, starts, and lives until it is cut off. Its guest has allocated port 3 only.
+# A VMM over our client: registers, starts, and lives until it is cut off. Its guest has allocated ports 3 and 4 only.
 VMM = """
 import os, sys, time
 from evtchnd.errors import XenError
@@ -30,7 +30,7 @@ from evtchnd.vmm.client import Client, Disconnected, GrantFrame, MemorySlot
 ports = {}
 
 def bind(wanted):
-    if any(port != 3 for port, _ in wanted):
+    if any(port not in (3, 4) for port, _ in wanted):
         raise XenError(2, "the guest has not allocated that port")
     unbind([port for port, _ in wanted])
     for port, kick in wanted:
@@ -55,6 +55,7 @@ client.register(7, name="conformance")
 client.memory([MemorySlot(0, 0, 10, fd)])
 client.grant_frames([GrantFrame(0, fd, 10 << 12)])
 client.xenstore(3, fd, 11 << 12)
+client.console(4, 9)
 client.start()
 while not client.lost:
     time.sleep(0.02) if way == "thread" else client.poll(0.1)
@@ -79,7 +80,7 @@ def test_our_client_conforms(tmp_path: Path, way: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAIL" not in result.stdout
     assert "SKIP" not in result.stdout
-    assert result.stdout.count("PASS") == 11
+    assert result.stdout.count("PASS") == 12
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_our_daemon_conforms(daemon: Path) -> None:
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAIL" not in result.stdout
-    assert result.stdout.count("PASS") + result.stdout.count("SKIP") == 26
+    assert result.stdout.count("PASS") + result.stdout.count("SKIP") == 27
 
 
 class Careless:
@@ -204,4 +205,4 @@ def test_nobody_to_test(tmp_path: Path) -> None:
 
 def test_every_case_has_a_name(tmp_path: Path) -> None:
     cases = [name for name, value in vars(Suite).items() if callable(value) and not name.startswith("_")]
-    assert len(cases) == 29  # 26 and the slow one; `guest` and `still_there` are no cases
+    assert len(cases) == 30  # 27 and the slow one; `guest` and `still_there` are no cases

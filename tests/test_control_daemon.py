@@ -16,7 +16,7 @@ from typing import Any, Self
 import pytest
 
 from daemonprocess import DaemonProcess, until
-from evtchnd.guest.blkfront import Blkfront
+from evtchnd.guest.blkfront import Blkfront, Queue
 from evtchnd.guest.domain import Domain
 from evtchnd.guest.xenstore import XenStore
 from evtchnd.vmm.soft import SoftVmm
@@ -88,7 +88,7 @@ def test_a_disk_from_attach_to_detach(daemon: DaemonProcess, tmp_path: Path) -> 
         info = daemon.call("info", 7)
         assert info["devices"][0]["counters"]["requests"] >= 51
         assert info["devices"][0]["state"] == 4
-        assert info["ports"] == 2
+        assert info["ports"] == 3  # store, console, disk
         gone: dict[str, object] = {}
         detach = threading.Thread(target=lambda: gone.update(daemon.call("detach_block", 7, "xvda")))
         detach.start()
@@ -176,12 +176,14 @@ class Load(threading.Thread):
     what makes a ring alone too little to know what is due.
     """
 
-    def __init__(self, front: Blkfront, model: bytearray, seed: int) -> None:
+    def __init__(self, front: Blkfront | Queue, model: bytearray, seed: int, blocks: range | None = None) -> None:
         super().__init__()
         self.front = front
+        self.blocks = blocks or range(SECTORS // 8)
         self.model = model
         self.answers = 0
         self.overtaken = 0
+        self.whole = False  # only whole pages
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self._chance = random.Random(seed)
@@ -197,11 +199,11 @@ class Load(threading.Thread):
         busy: set[int] = set()
         while not self.stop.is_set() or open_:
             while len(open_) < 24 and not self.stop.is_set() and self.front.room:
-                block = self._chance.randrange(SECTORS // 8)
+                block = self._chance.choice(self.blocks)
                 if block in busy:
                     continue
                 content = hashlib.blake2b(b"%d %d" % (block, self.answers)).digest()
-                data = content * (64 if self._chance.random() < 0.5 else 8 * self._chance.randrange(1, 8))
+                data = content * (64 if self.whole or self._chance.random() < 0.5 else 8 * self._chance.randrange(1, 8))
                 open_[self.front.submit_write(block * 8, data)] = (block, data)
                 busy.add(block)
             self.front.push()
@@ -245,6 +247,191 @@ def test_a_worker_that_is_killed_under_load_is_replaced(tmp_path: Path) -> None:
         until(lambda: daemon.call("list") == [], "the domain is still there")
         assert daemon.descriptors() == before
     assert path.read_bytes() == model
+
+
+def test_a_worker_with_four_queues_is_killed_under_load(tmp_path: Path) -> None:
+    """Each queue has a load of its own, in flight in all of them: every request of each is answered once."""
+    path = image(tmp_path)
+    model = bytearray(path.read_bytes())
+    with DaemonProcess(tmp_path) as daemon:
+        before = daemon.descriptors()
+        with Guest(daemon) as guest:
+            front = guest.connect(daemon.attach(7, path), queues=4, depth=32, segments=1)
+            share = SECTORS // 8 // 4
+            loads = [
+                Load(queue, model, number, range(number * share, (number + 1) * share))
+                for number, queue in enumerate(front.queues)
+            ]
+            for load in loads:
+                load.start()
+
+            def all_above(answers: list[int]) -> bool:
+                return any(load.error for load in loads) or all(
+                    load.answers > least for load, least in zip(loads, answers, strict=True)
+                )
+
+            for kill in range(1, 5):
+                until(lambda: all_above([kill * 100] * 4), "no progress")  # noqa: B023
+                worker = daemon.worker(7)
+                seen = [load.answers + 30 for load in loads]
+                os.kill(worker, signal.SIGKILL)
+                until(lambda: all_above(seen), "no progress after the kill")  # noqa: B023
+                assert [load.error for load in loads] == [None] * 4
+                assert daemon.worker(7) != worker
+            for load in loads:
+                load.stop.set()
+            for load in loads:
+                load.join(60)
+                assert load.error is None and not load.is_alive()
+                assert load.overtaken
+            front.flush()
+            info = daemon.call("info", 7)
+            assert info["worker"]["restarts"] == 4
+            assert info["ports"] == 6
+            assert info["devices"][0]["counters"]["queues"] == 4
+            front.disconnect()
+        until(lambda: daemon.call("list") == [], "the domain is still there")
+        assert daemon.descriptors() == before
+    assert path.read_bytes() == model
+
+
+def test_a_kernel_after_kexec_has_fewer_queues(daemon: DaemonProcess, tmp_path: Path) -> None:
+    """Linux' blkfront with one queue writes no `multi-queue-num-queues`: that of the kernel before must be gone."""
+    path = image(tmp_path)
+    with Guest(daemon) as guest:
+        devid = daemon.attach(7, path)
+        old = guest.connect(devid, queues=4, depth=4, ring_pages=2)
+        old.queues[2].submit_read(0, 8)
+        old.queues[2].push()
+        for state, wanted in ((5, 5), (6, 6), (1, 2)):  # what the new kernel drives the old one's device through
+            old.bus.switch(state)  # type: ignore[arg-type]
+            old.bus.wait_backend(wanted)  # type: ignore[arg-type]
+        assert sorted(guest.store.ls(f"device/vbd/{devid}")) == [
+            *("backend", "backend-id", "device-type", "protocol", "state", "virtual-device")
+        ]
+        old.release()
+        new = guest.connect(devid)
+        assert new.read(8, 8) == path.read_bytes()[4096:8192]
+        assert daemon.call("info", 7)["ports"] == 3
+        new.disconnect()
+        more = guest.connect(devid, queues=2)
+        assert more.queues[1].read(8, 8) == path.read_bytes()[4096:8192]
+        more.disconnect()
+
+
+def test_a_disk_grows_under_its_guest(daemon: DaemonProcess, tmp_path: Path) -> None:
+    path = image(tmp_path)
+    with Guest(daemon) as guest:
+        devid = daemon.attach(7, path)
+        front = guest.connect(devid, queues=2)
+        load = Load(front.queues[0], bytearray(path.read_bytes()), 3)
+        load.start()
+        until(lambda: load.answers > 50 or load.error, "no progress")
+        state = f"{front.bus.backend_path}/state"
+        with guest.store.watch(state) as changed:
+            assert changed(10.0) == state  # the first one comes at once
+            now = daemon.call("resize_block", 7, "xvda", 20 * MiB)
+            assert now == {"domid": 7, "devid": devid, "vdev": "xvda", "sectors": 40960, "sector_size": 512}
+            # written anew with its same value: that is how the guest learns of it
+            assert changed(10.0) == state and guest.store.read(state) == "4"
+        front.read_features()
+        assert front.sectors == 40960
+        front.queues[1].write(40952, b"e" * 4096)
+        with pytest.raises(OSError, match="status -1"):
+            front.queues[1].read(40960, 1)
+        # its owner makes it longer, and says so
+        os.truncate(path, 24 * MiB)
+        with pytest.raises(OSError, match="status -1"):
+            front.queues[1].write(45056, b"f" * 512)
+        assert daemon.call("resize_block", 7, str(devid))["sectors"] == 49152
+        front.queues[1].write(45056, b"f" * 512)
+        # a worker that replaces this one knows it, too
+        worker = daemon.worker(7)
+        if worker != daemon.process.pid:
+            os.kill(worker, signal.SIGKILL)
+            until(lambda: daemon.worker(7) not in (0, worker), "no other worker")
+        assert front.queues[1].read(45056, 1) == b"f" * 512
+        load.stop.set()
+        load.join(60)
+        assert load.error is None and not load.is_alive()
+        for size, reason in (
+            (8 * MiB, "8388608 bytes are less than the image has (25165824): it is not cut short"),
+            (24 * MiB + 100, "25165924 bytes are no whole sectors of 512"),
+        ):
+            with pytest.raises(RuntimeError) as refused:
+                daemon.call("resize_block", 7, "xvda", size)
+            assert str(refused.value).endswith(reason)
+        os.truncate(path, 12 * MiB)
+        with pytest.raises(RuntimeError, match="not made smaller while it is connected"):
+            daemon.call("resize_block", 7, "xvda")
+        os.truncate(path, 24 * MiB)
+        front.disconnect()
+        os.truncate(path, 12 * MiB)
+        assert daemon.call("resize_block", 7, "xvda")["sectors"] == 24576
+        again = guest.connect(devid)
+        assert again.sectors == 24576
+        again.disconnect()
+
+
+def test_a_passed_disk_grows_too(daemon: DaemonProcess, tmp_path: Path) -> None:
+    path = image(tmp_path)
+    with Guest(daemon) as guest:
+        with path.open("r+b") as file:
+            guest.vm.client.disk(51728, "xvdb", file.fileno())
+        front = guest.connect(51728)
+        daemon.call("resize_block", 7, "xvdb", 20 * MiB)
+        front.read_features()
+        assert front.sectors == 40960 and path.stat().st_size == 20 * MiB
+        front.disconnect()
+
+
+def test_several_disks_each_with_a_manner_of_its_own(daemon: DaemonProcess, tmp_path: Path) -> None:
+    """One comes and goes while others work."""
+    paths = [image(tmp_path, f"{name}.img") for name in "abc"]
+    with Guest(daemon) as guest:
+        specs = [
+            f"vdev=xvda,sector-size=4096,target={paths[0]}",
+            f"vdev=xvdb,cache=none,no-discard,target={paths[1]}",
+            f"vdev=xvdc,devtype=cdrom,target={paths[2]}",
+        ]
+        devids = [daemon.call("attach_block", 7, spec)["devid"] for spec in specs]
+        first, second, third = (
+            guest.connect(devid, queues=queues) for devid, queues in zip(devids, (2, 1, 1), strict=True)
+        )
+        assert (first.sector_size, first.sectors, first.info, first.can_discard) == (4096, SECTORS, 0, True)
+        assert (second.sector_size, second.info, second.can_discard) == (512, 0, False)
+        assert (third.info, third.readonly, third.can_discard) == (7, True, False)
+        backend = [guest.store.read(f"device/vbd/{devid}/backend") for devid in devids]
+        assert [guest.store.read(f"{path}/discard-enable") for path in backend] == ["1", "0", "0"]
+        assert [guest.store.read(f"{path}/removable") for path in backend] == ["0", "0", "1"]
+        assert [guest.store.read(f"{path}/mode") for path in backend] == ["w", "w", "r"]
+        assert [guest.store.read(f"device/vbd/{devid}/device-type") for devid in devids] == ["disk", "disk", "cdrom"]
+        cache = [(each["cache"], each["sector_size"], each["sectors"]) for each in daemon.call("info", 7)["devices"]]
+        assert cache == [("writeback", 4096, SECTORS), ("none", 512, SECTORS), ("writeback", 512, SECTORS)]
+
+        loads = [Load(first.queues[1], bytearray(paths[0].read_bytes()), 1)]
+        loads[0].whole = True
+        loads.append(Load(second, bytearray(paths[1].read_bytes()), 2))
+        for load in loads:
+            load.start()
+        for _ in range(3):
+            seen = [load.answers + 20 for load in loads]
+            assert third.read(0, 8) == paths[2].read_bytes()[:4096]
+            detach = threading.Thread(target=daemon.call, args=("detach_block", 7, "xvdc"))
+            detach.start()
+            third.bus.wait_backend(5)  # type: ignore[arg-type]
+            third.disconnect()
+            detach.join(60)
+            until(lambda: all(x.error or x.answers > n for x, n in zip(loads, seen, strict=True)), "no progress")  # noqa: B023
+            third = guest.connect(daemon.call("attach_block", 7, specs[2])["devid"])
+        for load, path, front in zip(loads, paths, (first, second), strict=False):
+            load.stop.set()
+            load.join(60)
+            assert load.error is None, load.error
+            front.flush()
+            assert path.read_bytes() == load.model
+            front.disconnect()
+        third.disconnect()
 
 
 def test_no_process_is_left_when_the_control_plane_dies(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,9 +33,9 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """A share that hangs until it is set."""
     answers = threading.Event()
 
-    def slowly(target: Path, *, readonly: bool) -> disk.Image:
+    def slowly(target: Path, **how: Any) -> disk.Image:
         answers.wait(30)
-        return disk.open_image(target, readonly=readonly)
+        return disk.open_image(target, **how)
 
     monkeypatch.setattr(images, "open_image", slowly)
     yield answers

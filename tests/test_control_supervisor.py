@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import os
 import struct
+from types import SimpleNamespace
 
 from evtchnd import transport
 from evtchnd._core.uring import Uring
@@ -83,6 +84,7 @@ class _Owner:
 
     def __init__(self, disk: Disk) -> None:
         self.disks = {disk.devid: disk}
+        self.consoles = SimpleNamespace(by_key={})
 
 
 async def test_what_a_worker_calls_its_io_uring_must_be_one() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import errno
 import logging
 import os
 import random
@@ -19,6 +21,7 @@ from bareguest import Blkfront, Ram
 from evtchnd._core.uring import Uring
 from evtchnd.channel import Poller
 from evtchnd.errors import HostError
+from evtchnd_backends import bounce, threads
 from evtchnd_backends.disk import SLOW_NS, RawDisk
 from evtchnd_backends.threads import THREADS
 from scale import scaled
@@ -145,6 +148,68 @@ def forget(fd: int) -> None:
     """Out of the page cache."""
     os.fdatasync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+async def test_pages_that_o_direct_refuses_go_through_memory_of_our_own(
+    ram: Ram, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that wants each vector aligned to 4096 bytes, and a buffer that takes several pieces a request."""
+    real = threads.transfer
+    refused = taken = 0
+
+    def strict(fd: int, write: bool, iov_addr: int, iov_count: int, offset: int) -> int:
+        nonlocal refused, taken
+        vectors = ctypes.cast(iov_addr, ctypes.POINTER(ctypes.c_uint64))
+        if any(vectors[word] % 4096 for word in range(2 * iov_count)):
+            refused += 1
+            return -errno.EINVAL
+        taken += 1
+        return real(fd, write, iov_addr, iov_count, offset)
+
+    monkeypatch.setattr(threads, "transfer", strict)
+    monkeypatch.setattr(bounce, "BYTES", 16384)
+    bench = Bench(ram, image, "threads", direct=True)
+    model = bytearray(image.read_bytes())
+    dice = random.Random(3)
+    for _ in range(scaled(100, least=20)):
+        asked = []
+        pages = iter(range(400))
+        for place in dice.sample(range(0, SIZE // 512 - 128, 128), 6):  # side by side: they wait for the buffer
+            segments = []
+            count = 0
+            for page in [next(pages) for _ in range(dice.choice([1, 2, 14, 30]))]:
+                bench.front.data(page)
+                first, last = dice.choice([(0, 7), (2, 5), (7, 7), (0, 0)])
+                segments.append((100 + page, first, last))
+                count += last - first + 1
+            if count % 8:  # whole sectors of 4096 bytes, as the disk has them
+                bench.front.data(page := next(pages))
+                segments.append((100 + page, 0, 7 - count % 8))
+            write = dice.random() < 0.5
+            at = place * 512
+            for gref, first, last in segments:
+                size = (last - first + 1) * 512
+                if write:
+                    data = dice.randbytes(size)
+                    bench.fill(gref - 100, bytes(first * 512) + data)
+                    model[at : at + size] = data
+                at += size
+            asked.append((bench.ask(WRITE if write else READ, place, segments), write, place, segments))
+        await bench.idle()
+        for ident, write, place, segments in asked:
+            assert bench.statuses[ident] == OKAY
+            at = place * 512
+            for gref, first, last in [] if write else segments:
+                size = (last - first + 1) * 512
+                assert bench.page(gref - 100)[first * 512 : (last + 1) * 512] == model[at : at + size]
+                at += size
+    assert refused and taken
+    # one that fails in the buffer, too, is an error, and those behind it are served
+    idents = [bench.ask(READ, 0, [*bench.front.data(0, 1), (102, 0, 3)]) for _ in range(1) if bench.front.data(2)]
+    idents.append(bench.ask(WRITE, 8, [(100, 0, 3), (101, 0, 3)]))
+    await bench.idle()
+    assert [bench.statuses[ident] for ident in idents] == [ERROR, OKAY]
+    await bench.close()
 
 
 @pytest.mark.parametrize("direct", [False, True])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evtchnd.control.diskspec import DiskSpec, devid_of, parse, vdev_of
+from evtchnd.diskspec import DiskSpec, devid_of, parse, vdev_of
 from evtchnd.errors import OperatorError
 
 PLAIN = DiskSpec(Path("disk.img"), "xvda", 51712)
@@ -48,6 +48,9 @@ def test_the_ways_to_say_it(text: str) -> None:
         ("file:disk.img,xvda:cdrom,r", {"readonly": True, "cdrom": True}),
         ("vdev=xvda,target=a,b=c,rw", {"target": Path("a,b=c,rw")}),
         ("a:b.img,raw,xvda", {"target": Path("a:b.img")}),
+        ("disk.img,raw,xvda,no-discard", {"discard": False}),
+        ("disk.img,raw,xvda,sector-size=4096,cache=none", {"sector_size": 4096, "direct": True}),
+        ("vdev=xvda,sector-size=512,cache=writeback,target=disk.img", {"sector_size": 512}),
     ],
 )
 def test_what_else_it_may_say(text: str, changes: dict[str, object]) -> None:
@@ -73,7 +76,10 @@ def test_what_else_it_may_say(text: str, changes: dict[str, object]) -> None:
         ("disk.img,raw,xvda,script=block-drbd", "hotplug scripts are not run"),
         ("disk.img,raw,xvda,backend=storage", "backend storage: this daemon serves as domain 0"),
         ("disk.img,raw,xvda,devtype=floppy", "'floppy' is no devtype"),
-        ("disk.img,raw,xvda,no-discard", "no-discard: cannot be had"),
+        ("disk.img,raw,xvda,discard,no-discard", "discard and no-discard are both said"),
+        ("vdev=xvda,sector-size=1024,target=d", "'1024' is no sector-size"),
+        ("vdev=xvda,cache=writethrough,target=d", "'writethrough' is no cache"),
+        ("vdev=xvda,cache=none,cache=none,target=d", "cache is given twice: 'none' and 'none'"),
         ("disk.img,raw,vda", "'vda' is no virtual device"),
         ("a\0b,raw,xvda", "a control character"),
         ("a\nb,raw,xvda", "a control character"),
@@ -143,9 +149,15 @@ def test_a_name_leads_back_to_its_number(devid: int) -> None:
 paths = st.text(min_size=1).filter(lambda s: s.isprintable() and s == s.strip())
 
 
-@given(paths, st.integers(0, (1 << 29) - 1), st.booleans(), st.booleans())
-def test_the_canonical_string_leads_back(path: str, devid: int, readonly: bool, cdrom: bool) -> None:
-    spec = DiskSpec(Path("/" + path), vdev_of(devid), devid, readonly or cdrom, cdrom)
+@given(
+    *(paths, st.integers(0, (1 << 29) - 1), st.booleans(), st.booleans()),
+    *(st.booleans(), st.sampled_from([0, 512, 4096]), st.booleans()),
+)
+def test_the_canonical_string_leads_back(
+    path: str, devid: int, readonly: bool, cdrom: bool, discard: bool, sector_size: int, direct: bool
+) -> None:
+    target = Path("/" + path)
+    spec = DiskSpec(target, vdev_of(devid), devid, readonly or cdrom, cdrom, discard, sector_size, direct)
     assert parse(str(spec)) == spec
 
 

@@ -28,6 +28,27 @@ def ram() -> Iterator[Ram]:
     ram.close()
 
 
+def test_each_queue_has_a_journal_of_its_own() -> None:
+    fd = create(512, queues=4, name="j")
+    journals = [Journal(fd, queue) for queue in range(4)]
+    for queue, journal in enumerate(journals):
+        assert journal.entries == 512 and not journal.started
+        for entry in range(512):
+            journal.mem.store(128 + 128 * entry + 124, queue + 1)
+        journal.mem.store(32, 1)
+    journals[1].reset()
+    for queue, journal in enumerate(journals):
+        assert journal.started == (queue != 1)
+        assert all(journal.mem.load(128 + 128 * entry + 124) == queue + 1 for entry in range(512))
+        journal.close()
+    with pytest.raises(HostError, match="4 queues, queue 4 is not there"):
+        Journal(fd, 4)
+    os.close(fd)
+    for queues in (0, 65):
+        with pytest.raises(ValueError, match="queues"):
+            create(32, queues=queues, name="j")
+
+
 def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
     fd = create(32, name="j")
     Journal(fd).close()

@@ -14,7 +14,7 @@ PRODUCT = sorted([*ROOT.glob("evtchnd/**/*.py"), *ROOT.glob("backends/**/*.py")]
 
 # Each layer: what belongs to it, and which layers it may import besides itself.
 LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "base": (("abi", "errors", "blkif", "seldom"), ()),
+    "base": (("abi", "errors", "blkif", "diskspec", "seldom"), ()),
     "core": (("_core", "memory", "grants", "ring", "stream", "journal"), ("base",)),
     "ports": (("ports",), ("base",)),
     "wire": (("protocol", "messages", "tables", "transport"), ("base",)),
@@ -44,7 +44,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "channel": (("channel",), ("base", "core")),
     "xenbus": (("xenbus",), ("base", "store", "xenstore")),
     "worker": (("worker",), ("base", "core", "wire", "store", "xenstore", "channel", "xenbus", "config")),
-    "config": (("control.config", "control.diskspec"), ("base",)),
+    "config": (("control.config",), ("base",)),
     "control": (
         ("control",),
         ("base", "core", "wire", "store", "xenstore", "channel", "xenbus", "worker", "config"),

@@ -174,7 +174,7 @@ def vmm(daemon: Daemon) -> Iterator[SoftVmm]:
 
 def test_it_registers_and_gives_its_tables(daemon: Daemon, vmm: SoftVmm) -> None:
     kinds = [type(m).__name__ for m in daemon.messages if not isinstance(m, p.TableChunk)]
-    assert kinds == ["Hello", "Register", *["TableBegin", "TableCommit"] * 2, "XenStore", "Start"]
+    assert kinds == ["Hello", "Register", *["TableBegin", "TableCommit"] * 2, "XenStore", "Console", "Start"]
     register = next(m for m in daemon.messages if isinstance(m, p.Register))
     assert (register.domid, register.vcpus, register.name, register.flags) == (7, 2, "web", p.RegisterFlag.LONG_MODE)
     assert vmm.ram_pages == MEMORY // PAGE_SIZE

@@ -354,11 +354,14 @@ def test_every_struct_is_what_the_interface_says() -> None:
         return {field.name: name(field.type) for field in msgspec.structs.fields(struct)}
 
     types = dict(re.findall(r"type (\w+) " + fields, text))
-    assert sorted(types) == ["Device", "Disk", "Domain", "Worker"]
+    assert sorted(types) == ["Console", "Device", "Disk", "Domain", "Worker"]
     for name, body in types.items():
         assert said(body) == made(getattr(operator, name)), name
     methods = re.findall(r"method (\w+)" + fields + r" -> " + fields, text)
-    assert [name for name, _, _ in methods] == ["List", "Info", "BlockAttach", "BlockDetach"]
+    assert [name for name, _, _ in methods] == [
+        *("List", "Info", "BlockAttach", "BlockDetach"),
+        *("Console", "ConsoleAttach", "ConsoleDetach", "BlockResize"),
+    ]
     for name, call, reply in methods:
         wanted = getattr(operator, f"{name}Call", varlink.NoParameters)
         assert said(call) == made(wanted), name

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from evtchnd.blkif import SECTOR_SIZE, Status
-from evtchnd.guest.blkfront import Blkfront
+from evtchnd.guest.blkfront import Blkfront, Queue
 from oneprocess import Host, LocalVm, open_fds
 
 VBD = 51712
@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 @asynccontextmanager
-async def host(*, mib: int = 16) -> AsyncIterator[Host]:
+async def host(*, mib: int = 16, frames: int = 4) -> AsyncIterator[Host]:
     """A domain; at the end nothing is left of it."""
     ours, theirs = socket.socketpair()
     with theirs:  # uvloop makes a socket of its own when it gets the first
@@ -28,7 +28,7 @@ async def host(*, mib: int = 16) -> AsyncIterator[Host]:
         transport.close()
         await asyncio.sleep(0.01)
     before = open_fds()
-    vm = LocalVm(mib=mib)
+    vm = LocalVm(mib=mib, frames=frames)
     try:
         async with Host(vm) as world:
             yield world
@@ -57,8 +57,13 @@ def front(world: Host, **options: object) -> Blkfront:
     return Blkfront(world.domain, world.store, VBD, **{"spin_us": 0, **options})  # type: ignore[arg-type]
 
 
-def load(disk: Blkfront, content: bytearray, count: int, seed: int = 1) -> None:
-    """`count` random requests at the frontend's depth, every answer checked; ranges in flight never overlap."""
+def load(
+    disk: Blkfront | Queue, content: bytearray, count: int, seed: int = 1, *, at_sector: int = 0, unit: int = 1
+) -> None:
+    """`count` random requests at the frontend's depth, every answer checked; ranges in flight never overlap.
+
+    `content`: of the disk from `at_sector` on, which is all that is touched. unit: sectors that go together (1 or 8).
+    """
     rng = random.Random(seed)
     busy: dict[int, tuple[int, int, bytes | None]] = {}
     sectors = len(content) // SECTOR_SIZE
@@ -66,18 +71,18 @@ def load(disk: Blkfront, content: bytearray, count: int, seed: int = 1) -> None:
     while answered < count:
         while issued < count and disk.room:
             op = rng.choices("rwf", (8, 8, 1))[0]
-            size = rng.randint(1, disk.most_sectors - 7)
+            size = rng.randint(1, (disk.most_sectors - 7) // unit) * unit
             first = rng.randint(0, 7)
-            at = rng.randrange(sectors - size)
+            at = rng.randrange(0, sectors - size, unit)
             if op == "f":
                 busy[disk.submit_flush()] = (-1, 0, None)
             elif any(a < at + size and at < a + n for a, n, _ in busy.values() if n):
                 break
             elif op == "w":
                 data = rng.randbytes(size * SECTOR_SIZE)
-                busy[disk.submit_write(at, data, first=first)] = (at, size, data)
+                busy[disk.submit_write(at_sector + at, data, first=first)] = (at, size, data)
             else:
-                busy[disk.submit_read(at, size, first=first)] = (at, size, None)
+                busy[disk.submit_read(at_sector + at, size, first=first)] = (at, size, None)
             issued += 1
         for done in disk.complete():
             at, size, written = busy.pop(done.ident)

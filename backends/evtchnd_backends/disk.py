@@ -5,6 +5,7 @@ Which way a request goes, as measured:
 | request                                   | way                                                                     |
 |-------------------------------------------|-------------------------------------------------------------------------|
 | READ that the page cache holds            | `BlkRing.run` does it with RWF_NOWAIT where `nowait` says that this pays |
+| READ, WRITE whose pages O_DIRECT refuses  | through memory of our own, one at a time                                |
 | WRITE of whole pages, buffered, small     | inline, 5 us, unless the kernel lately made such a write wait           |
 | every other READ and WRITE                | io_uring; where that is refused, threads                                |
 | FLUSH                                     | fdatasync, there too; one at a time, what comes meanwhile shares a next |
@@ -21,11 +22,8 @@ import errno
 import fcntl
 import logging
 import os
-import stat
-import struct
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +31,9 @@ from evtchnd.blkif import SECTOR_SIZE, Op, Status
 from evtchnd.errors import HostError
 from evtchnd.transport import close_all
 
-from .threads import Engine, Threads, fallocate
+from .bounce import Bounce
+from .geometry import KEEP_SIZE, PUNCH_HOLE, Geometry, punches, takes_nowait
+from .threads import Engine, Threads
 
 if TYPE_CHECKING:
     from evtchnd._core.req import Req
@@ -42,13 +42,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# linux/fs.h: _IO(0x12, 104), _IOR(0x12, 114, size_t), _IO(0x12, 123)
-_BLKSSZGET, _BLKGETSIZE64, _BLKPBSZGET = 0x1268, 0x8008_1272, 0x127B
-# linux/falloc.h
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 # io/blkif.h: BLKIF_DISCARD_SECURE
 _SECURE = 1
 _PAGE = 4096
+# IOV_MAX: more vectors than this are refused; the rest of such a request follows when the kernel has done with these
+_MOST_VECTORS = 1024
 
 INLINE_BYTES = 128 << 10
 """A larger write copies for longer than a slice of polling lasts; the kernel's workers do it beside the loop."""
@@ -68,9 +66,10 @@ class RawDisk:
     Threads work on copies of `fd` and `eventfd`: the attributes of these names.
     poller: **pass the device's**: it looks at this disk and calls `wake` when there is something to collect; without
     one the caller adds a reader of `eventfd` itself. direct: opened with O_DIRECT.
+    sectors: of 512 bytes, sector_size: bytes; 0: as the image or device has them.
     name: for log lines and errors. HostError: neither a file nor a block device, or smaller than a sector.
 
-    sectors: of 512 bytes. sector_size, physical_sector_size: bytes, for the nodes of these names.
+    sectors, sector_size, physical_sector_size: for the nodes of these names.
     discard: (granularity, alignment) in bytes, None where the disk cannot. nowait: `BlkRing.run(fd)` pays.
     inflight: requests started and not yet returned by `finished()`. failed: why every FLUSH fails from now on.
     inline, errors: counters.
@@ -85,6 +84,8 @@ class RawDisk:
         wake: Callable[[], None] | None = None,
         eventfd: int | None = None,
         direct: bool = False,
+        sectors: int = 0,
+        sector_size: int = 0,
         poller: Poller | None = None,
         name: str = "disk",
         clock: Callable[[], int] = monotonic_ns,
@@ -100,9 +101,16 @@ class RawDisk:
         # io_uring answers EAGAIN on a non-blocking file; a VMM may have passed one.
         os.set_blocking(fd, True)
         self.direct = direct or bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-        self._geometry()
-        self.nowait = not self.direct and _takes_nowait(fd)
-        self.discard = None if readonly else self._discard()
+        found = Geometry.of(fd, name)
+        self.is_block = found.is_block
+        self.sector_size = sector_size or found.sector_size
+        self.sectors = sectors or found.sectors(self.sector_size)
+        physical = max(found.physical_sector_size, self.sector_size)
+        while self.sectors * SECTOR_SIZE % physical:  # io/blkif.h: the size is a multiple of it
+            physical //= 2
+        self.physical_sector_size = physical
+        self.nowait = not self.direct and takes_nowait(fd)
+        self.discard = None if readonly else punches(fd, found)
         self._own: list[int] = []
         if uring is not None:
             eventfd = uring.eventfd
@@ -127,9 +135,17 @@ class RawDisk:
         self._flushing: list[Req] = []
         self._flush_next: list[Req] = []
         self._done: list[tuple[Req, int]] = []
+        self._bounce: Bounce | None = None
         self._told_ready = False
         if poller is not None:
             poller.add_source(self)
+
+    def resize(self, sectors: int) -> None:
+        """It has `sectors` of 512 bytes from now on. HostError: it has not."""
+        found = Geometry.of(self.fd, self.name).sectors(self.sector_size)
+        if sectors > found:
+            raise HostError(f"{self.name}: {sectors} sectors of 512 bytes, and the image has {found}")
+        self.sectors = sectors
 
     # -- requests
 
@@ -286,14 +302,14 @@ class RawDisk:
         tag = self._tag
         op = req.op
         if op == Op.READ:
-            taken = self._engine.readv(self.fd, req.iov_addr, req.iov_count, offset, tag)
+            taken = self._engine.readv(self.fd, req.iov_addr, min(req.iov_count, _MOST_VECTORS), offset, tag)
         elif op == Op.WRITE:
-            taken = self._engine.writev(self.fd, req.iov_addr, req.iov_count, offset, tag)
+            taken = self._engine.writev(self.fd, req.iov_addr, min(req.iov_count, _MOST_VECTORS), offset, tag)
         elif op == Op.FLUSH_DISKCACHE:
             taken = self._engine.fsync(self.fd, tag)
         else:
             length = req.nr_sectors * SECTOR_SIZE
-            taken = self._engine.fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length, tag)
+            taken = self._engine.fallocate(self.fd, PUNCH_HOLE | KEEP_SIZE, offset, length, tag)
         if taken:
             self._at_disk[tag] = entry
             self._tag = (tag + 1) & 0xFFFF_FFFF
@@ -306,21 +322,45 @@ class RawDisk:
         elif req.op == Op.FLUSH_DISKCACHE:
             self._flushed(result)
         elif result == left:
-            self._done.append((req, Status.OKAY))
+            self._finish(req, Status.OKAY)
         elif result > 0:
-            # Short: what stopped it (end of file, no space) shows when it goes on.
+            # Short: what stopped it (end of file, no space, too many vectors) shows when it goes on.
             req.advance(result)
             self._begin([req, offset + result, left - result])
         elif result == 0:
             self._error("short", f"{self._what(req)} at byte {offset}: no data: the image is shorter than its disk")
-            self._done.append((req, Status.ERROR))
+            self._finish(req, Status.ERROR)
+        elif result == -errno.EINVAL and self.direct and req.op in (Op.READ, Op.WRITE) and req is not self._bounce:
+            # The guest's pages lie as it likes, in units of 512 bytes; some devices want more of O_DIRECT.
+            if self._bounce is None:
+                self._bounce = Bounce()
+                if isinstance(self._engine, Threads):
+                    self._engine.holds.append(self._bounce)
+            if self._bounce.take(req, offset, left):
+                self._bounced()
         elif req.op == Op.DISCARD and result == -errno.EOPNOTSUPP:
             self.discard = None
             self._done.append((req, Status.EOPNOTSUPP))
         else:
             what = self._what(req)
             self._error(f"{what} {result}", f"{what} at byte {offset}: {os.strerror(-result)}")
-            self._done.append((req, Status.ERROR))
+            self._finish(req, Status.ERROR)
+
+    def _finish(self, req: Any, status: int) -> None:
+        """Answers a READ or WRITE; of one that goes through the bounce buffer, first what is left of it."""
+        bounce = self._bounce
+        if bounce is None or req is not bounce:
+            self._done.append((req, status))
+            return
+        if status != Status.OKAY or bounce.done():
+            self._done.append((bounce.give(), status))
+        if bounce.busy:
+            self._bounced()
+
+    def _bounced(self) -> None:
+        bounce = self._bounce
+        if bounce is not None:
+            self._begin([bounce, *bounce.piece()])
 
     def _whole(self) -> bool:
         """False, with a line, if the image was truncated: a write would make it long again, with zeros for data."""
@@ -338,60 +378,3 @@ class RawDisk:
         if kind not in self._told or now - self._told[kind] >= TELL_NS:
             self._told[kind] = now
             log.error("%s: %s", self.name, line)
-
-    # -- what the disk is
-
-    def _geometry(self) -> None:
-        info = os.fstat(self.fd)
-        self.is_block = stat.S_ISBLK(info.st_mode)
-        if self.is_block:
-            size = _ioctl(self.fd, _BLKGETSIZE64, "Q")
-            self.sector_size = _ioctl(self.fd, _BLKSSZGET, "i")
-            self.physical_sector_size = _ioctl(self.fd, _BLKPBSZGET, "I")
-        elif stat.S_ISREG(info.st_mode):
-            size = info.st_size
-            self.sector_size = SECTOR_SIZE
-            self.physical_sector_size = min(max(info.st_blksize, SECTOR_SIZE), _PAGE)
-        else:
-            raise HostError(f"{self.name}: neither a file nor a block device")
-        self.sectors = size // SECTOR_SIZE
-        if not self.sectors:
-            raise HostError(f"{self.name}: {size} bytes: smaller than one sector of {SECTOR_SIZE}")
-
-    def _discard(self) -> tuple[int, int] | None:
-        """Whether holes can be punched. Nothing is lost by asking: a file is asked behind its end."""
-        if not self.is_block:
-            offset = (self.sectors * SECTOR_SIZE + (1 << 20)) & ~(_PAGE - 1)
-            if fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, _PAGE) < 0:
-                return None
-            return self.physical_sector_size, 0
-        # A hole in a device is "write zeroes, unmap"; the kernel refuses it where the device cannot.
-        granularity, most = self._queue_limit("discard_granularity"), self._queue_limit("write_zeroes_max_bytes")
-        if not granularity or not most:
-            return None
-        return granularity, self._queue_limit("../discard_alignment")
-
-    def _queue_limit(self, name: str) -> int:
-        device = os.fstat(self.fd).st_rdev
-        base = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
-        # A partition has its disk's queue.
-        for path in (f"{base}/queue/{name}", f"{base}/../queue/{name}"):
-            with suppress(OSError, ValueError), open(path) as file:  # noqa: PTH123 - sysfs, before the loop matters
-                return int(file.read())
-        return 0
-
-
-def _ioctl(fd: int, request: int, form: str) -> int:
-    answer = fcntl.ioctl(fd, request, bytes(struct.calcsize(form)))
-    return int(struct.unpack(form, answer)[0])
-
-
-def _takes_nowait(fd: int) -> bool:
-    """tmpfs and some others refuse RWF_NOWAIT for every read."""
-    try:
-        os.preadv(fd, [bytearray(SECTOR_SIZE)], 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return True

@@ -41,6 +41,7 @@ class Threads:
 
     def __init__(self, eventfd: int, *, threads: int = THREADS) -> None:
         self.inflight = 0
+        self.holds: list[object] = []  # memory that a thread which hangs may still write to
         self._eventfd = eventfd
         self._count = threads
         self._todo: SimpleQueue[tuple[Callable[..., int], tuple[Any, ...], int] | None] = SimpleQueue()

@@ -14,6 +14,11 @@ cdef class BlkRing:
     cdef readonly long long requests
     cdef readonly long long responses
     cdef readonly long long bytes
+    cdef readonly long long sectors_read
+    cdef readonly long long sectors_written
+    cdef readonly long long sectors_discarded
+    cdef readonly long long flushes
+    cdef readonly long long errors
     cdef readonly int inflight
     cdef readonly uint32_t req_cons
     cdef readonly uint32_t rsp_prod
@@ -30,6 +35,7 @@ cdef class BlkRing:
     cdef uint32_t mask
     cdef uint32_t published
     cdef uint64_t consumed
+    cdef uint64_t sector_mask
     cdef bint readonly
     cdef bint nowait
     cdef bint started

@@ -53,8 +53,9 @@ if TYPE_CHECKING:
 
 COMPILED: bool = bool(cython.compiled)
 
-# One preadv takes IOV_MAX vectors at most
-MOST_INDIRECT = 1024
+# BLKIF_MAX_INDIRECT_PAGES_PER_REQUEST pages of 512 segments each. One call takes IOV_MAX (1024) vectors at most:
+# whoever carries a request out gives that many of them at a time (`Req.advance`).
+MOST_INDIRECT = 8 * 512
 
 
 class BlkRing:
@@ -64,7 +65,10 @@ class BlkRing:
     call `attach()` first. Order of a pump: take or run, done..., push (True: notify), arm before sleep.
 
     size: entries | sectors: capacity in 512-byte units, settable while it runs | inflight: taken and not done
-    requests, responses, bytes: counters since the ring was made
+    sector_size: of the disk, in bytes; where a request begins and how long it is must be multiples of it
+    requests, responses: counters since the ring was made; bytes: moved by READ and WRITE
+    sectors_read, sectors_written, sectors_discarded: of 512 bytes, flushes: all of them answered OKAY; errors: answers
+    that were not
     """
 
     if TYPE_CHECKING:
@@ -73,6 +77,11 @@ class BlkRing:
         requests: int
         responses: int
         bytes: int
+        sectors_read: int
+        sectors_written: int
+        sectors_discarded: int
+        flushes: int
+        errors: int
         inflight: int
         req_cons: int
         rsp_prod: int
@@ -86,12 +95,15 @@ class BlkRing:
         abi: int,
         journal: Any = None,
         sectors: int,
+        sector_size: int = 512,
         readonly: bool = False,
         max_indirect: int = 0,
         most_segments: int = 11,
     ) -> None:
         if abi not in (32, 64) or not 1 <= most_segments <= 11 or not 0 <= max_indirect <= MOST_INDIRECT:
             raise ValueError(f"abi {abi}, {most_segments} segments, {max_indirect} indirect")
+        if sector_size not in (512, 1024, 2048, 4096):
+            raise ValueError(f"sectors of {sector_size} bytes")
         self.abi = abi
         self.entry_size = 112 if abi == 64 else 108
         self.o_id = 8 if abi == 64 else 4
@@ -101,6 +113,7 @@ class BlkRing:
         self.grants = grants
         self.memory = grants.memory
         self.sectors = sectors
+        self.sector_mask = (sector_size >> 9) - 1
         self.readonly = readonly
         self.most_segments = most_segments
         self.max_indirect = max_indirect
@@ -108,6 +121,7 @@ class BlkRing:
         self.started = False
         self.nowait = True
         self.requests = self.responses = self.bytes = 0
+        self.sectors_read = self.sectors_written = self.sectors_discarded = self.flushes = self.errors = 0
         size = (len(pages) * 4096 - 64) // self.entry_size
         self.size = 1 << (size.bit_length() - 1)
         self.mask = self.size - 1
@@ -409,6 +423,10 @@ class BlkRing:
     def in_range(self, req: Req, count: int) -> int:
         if count > self.sectors or req.sector > self.sectors - count:
             raise GuestError(f"sectors {req.sector} to {req.sector} + {count} are past the end ({self.sectors})")
+        if (req.sector | count) & self.sector_mask:
+            # The unit on the wire is 512 bytes, whatever the disk's sectors are.
+            own = 512 * (self.sector_mask + 1)
+            raise GuestError(f"{count} sectors of 512 bytes at {req.sector} are no whole sectors of {own} bytes")
         return 0
 
     def unpin(self, req: Req) -> int:
@@ -437,8 +455,18 @@ class BlkRing:
         req.owner = None
         self.inflight -= 1
         self.responses += 1
-        if status == 0:
+        if status:
+            self.errors += 1
+        elif req.op == 0:
             self.bytes += req.want
+            self.sectors_read += req.want >> 9
+        elif req.op == 1:
+            self.bytes += req.want
+            self.sectors_written += req.want >> 9
+        elif req.op == 5:
+            self.sectors_discarded += req.nr_sectors
+        else:
+            self.flushes += 1
         return 0
 
     def respond(self, index: int, id: int, op: int, status: int) -> int:

@@ -17,7 +17,7 @@ cdef class Req:
     cdef readonly int flag
     cdef readonly uint64_t iov_addr
     cdef readonly int iov_count
-    cdef object owner
+    cdef readonly object owner
     cdef object memory
     cdef Mem scratch
     cdef Py_ssize_t entry

@@ -22,7 +22,8 @@ class Req:
     op: 0 READ, 1 WRITE (indirect ones too), 3 FLUSH, 5 DISCARD, or what the guest wrote
     id: the guest's number | sector: in 512-byte units | want: bytes of data | segments: how many
     status: 0, or the blkif status that `done` must get, with `reason`
-    iov_addr, iov_count: struct iovec[] over the guest's pages, neighbours merged
+    iov_addr, iov_count: struct iovec[] over the guest's pages, neighbours merged; may be more than IOV_MAX
+    owner: its ring, None after `done`
     nr_sectors, flag: of a DISCARD
     """
 
@@ -38,7 +39,7 @@ class Req:
         flag: int
         iov_addr: int
         iov_count: int
-        owner: Any  # the ring, None after done()
+        owner: Any
         memory: Any
         scratch: Mem  # iovecs, then grefs
         entry: int  # of the journal

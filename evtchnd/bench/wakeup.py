@@ -18,22 +18,19 @@ import argparse
 import contextlib
 import json
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evtchnd.bench import wakeupchannels, wakeupkvm
+from evtchnd.bench.lab import run_inside
 from evtchnd.bench.report import Report, median
 from evtchnd.bench.wakeupserved import FRONT_CPU, SOURCE, Channels, Server, build
 from evtchnd.errors import HostError
 
 PLACES = ("soft", "channels", "host", "lab")
 SIDES = ("evtchnd", "c")
-CHECKOUT = Path(__file__).parents[2]
-LAB = CHECKOUT / "tests" / "lab"
-MARK = "evtchnd-bench wakeup in the lab:"
 # A kick there takes about half a millisecond.
 LAB_KICKS = 300
 
@@ -159,19 +156,9 @@ def kick(program: Path, server: Server, sleep: Sleep, kicks: int) -> dict[str, A
 
 def boot_lab(report: Report, arguments: argparse.Namespace) -> None:
     """The lab runs this benchmark once more, for itself; its rounds and ratios are added to `report`."""
-    if not (LAB / "__main__.py").exists():
-        raise HostError("the lab is part of a checkout of evtchnd, and this is none")
-    options = f"--rounds {arguments.rounds} --kicks {min(arguments.kicks, LAB_KICKS)} --poll-us {arguments.poll_us}"
-    inside = f"{sys.executable} -m evtchnd.bench wakeup --places lab {options} --json /run/wakeup.json"
-    command = ["sh", "-c", f"{inside} && echo '{MARK}' && cat /run/wakeup.json"]
-    done = subprocess.run(
-        [sys.executable, str(LAB), "run", "--", *command], cwd=CHECKOUT, capture_output=True, text=True, check=False
-    )
-    told, mark, result = done.stdout.partition(MARK)
-    if done.returncode or not mark:
-        lines = (done.stderr + told).strip().splitlines()
-        raise HostError(f"the lab: {lines[-1] if lines else done.returncode}")
-    lab = json.loads(result)
+    kicks = min(arguments.kicks, LAB_KICKS)
+    options = f"--rounds {arguments.rounds} --kicks {kicks} --poll-us {arguments.poll_us}"
+    lab = run_inside("wakeup", "--places lab", options)
     report.machines["lab"] = lab["machine"]
     report.rounds += lab["rounds"]
     report.skipped |= {name: reason for name, reason in lab["skipped"].items() if name.startswith("wakeup.lab")}

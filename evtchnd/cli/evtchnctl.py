@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evtchnd.cli import xenstore
+from evtchnd import diskspec
+from evtchnd.cli import console, xenstore
 from evtchnd.cli.varlink import Client
-from evtchnd.control import diskspec
 from evtchnd.errors import OperatorError
 
 _RUNTIME_DIR = "/run/evtchnd"
@@ -68,6 +69,10 @@ def _info(args: Asked) -> None:
     }
     for key, value in lines.items():
         print(f"{key:8} {value}")
+    for row in reply["consoles"]:
+        print(f"\nconsole {row['devid']} {row['tty'] or 'no pty'} {row['state']} {row['log']}".rstrip())
+        for name, count in row["counters"].items():
+            print(f"  {name:24} {count:>14}")
     for device in reply["devices"]:
         access = "ro" if device["readonly"] else "rw"
         print(f"\n{device['kind']} {device['devid']} {device['vdev']} {_state(device)} {access} {device['target']}")
@@ -99,6 +104,79 @@ def _block_detach(args: Asked) -> None:
     return _say(args, gone, f"domain {domid}: {gone['vdev']} ({gone['devid']}): {end}")
 
 
+def _console(args: Asked) -> None:
+    with _client(args) as client:
+        domid = _domid(client, args.domain)
+        if args.output == "json":
+            return _json(client.call("io.evtchnd.Console", domid=domid, devid=args.num))
+    why = console.show(lambda: _client(args), domid, args.num)
+    print(f"evtchnctl: {why or f'left console {args.num} of domain {domid}'}", file=sys.stderr)
+    return None
+
+
+def _console_attach(args: Asked) -> None:
+    with _client(args) as client:
+        domid = _domid(client, args.domain)
+        if args.dry_run:
+            return _say(args, {"domid": domid, "devid": args.num}, "would attach a console")
+        made = client.call("io.evtchnd.ConsoleAttach", domid=domid, devid=args.num)
+    return _say(args, made, f"domain {domid}: console {made['devid']}: {made['tty'] or 'no pty'}")
+
+
+def _console_detach(args: Asked) -> None:
+    with _client(args) as client:
+        domid = _domid(client, args.domain)
+        if args.dry_run:
+            return _say(args, {"domid": domid, "devid": args.num}, f"would detach console {args.num}")
+        gone = client.call("io.evtchnd.ConsoleDetach", domid=domid, devid=args.num, force=args.force)
+    end = "detached by force" if gone["forced"] else "detached"
+    return _say(args, gone, f"domain {domid}: console {gone['devid']}: {end}")
+
+
+def _block_resize(args: Asked) -> None:
+    size = None if args.size is None else _bytes(args.size)
+    with _client(args) as client:
+        domid = _domid(client, args.domain)
+        if args.dry_run:
+            devid = diskspec.devid_of(args.device)
+            how = "take over the size of the image of" if size is None else f"make {size} bytes of"
+            return _say(args, {"domid": domid, "devid": devid, "size": size}, f"would {how} {args.device} ({devid})")
+        more = {} if size is None else {"size": size}
+        now = client.call("io.evtchnd.BlockResize", domid=domid, device=args.device, **more)
+    text = f"domain {domid}: {now['vdev']} ({now['devid']}): {now['sectors'] * 512 / 2**20:g} MiB"
+    return _say(args, now, text)
+
+
+def _block_list(args: Asked) -> None:
+    with _client(args) as client:
+        reply = client.call("io.evtchnd.Info", domid=_domid(client, args.domain))
+    disks = [device for device in reply["devices"] if device["kind"] == "vbd"]
+    if args.output == "json":
+        return _json(disks)
+    counted = ("requests", "sectors_read", "sectors_written", "sectors_discarded", "flushes", "errors", "in_flight")
+    rows = [
+        [
+            *(disk["vdev"], disk["devid"], _state(disk), "ro" if disk["readonly"] else "rw"),
+            *(f"{disk['sectors'] / 2048:g}", disk["sector_size"], disk["counters"].get("queues", 0)),
+            *(disk["counters"].get(name, 0) for name in counted),
+            disk["target"],
+        ]
+        for disk in disks
+    ]
+    head = ["Vdev", "Devid", "State", "Access", "MiB", "Sector", "Queues", "Requests"]
+    head += ["Read", "Written", "Discarded", "Flushes", "Errors", "InFlight", "Target"]
+    return _table(head, rows, right=(1, *range(4, 14)))
+
+
+def _bytes(text: str) -> int:
+    """A size such as 10G: a number of bytes, or with K, M, G or T of powers of 1024."""
+    found = re.fullmatch(r"([1-9][0-9]{0,17})([KMGT]?)(?:i?B)?", text)
+    size = int(found[1]) << 10 * " KMGT".index(found[2] or " ") if found else 0
+    if not 0 < size < 1 << 63:
+        raise OperatorError(f"'{text}' is no size (10G, 512M, 1073741824)")
+    return size
+
+
 def _arguments(argv: Sequence[str] | None) -> Asked:
     common = argparse.ArgumentParser(add_help=False)
     where = common.add_mutually_exclusive_group()
@@ -123,12 +201,27 @@ def _arguments(argv: Sequence[str] | None) -> Asked:
     info = verb("info", _info, "one domain and its devices")
     attach = verb("block-attach", _block_attach, "give a domain a disk", changes=True)
     detach = verb("block-detach", _block_detach, "take a disk away from a domain", changes=True)
-    for added in (info, attach, detach):
+    shown = verb("console", _console, "be at a domain's console; ^] leaves it (-o json: say its terminal)")
+    more = verb("console-attach", _console_attach, "give a domain a further console", changes=True)
+    less = verb("console-detach", _console_detach, "take a further console away from a domain", changes=True)
+    disks = verb("block-list", _block_list, "a domain's disks and what they have done (sectors of 512 bytes)")
+    resize = verb("block-resize", _block_resize, "tell a domain the new size of a disk", changes=True)
+    for added in (info, attach, detach, disks, resize, shown, more, less):
         added.add_argument("domain", metavar="DOM", help="its number or name")
     attach.add_argument("disk", metavar="SPEC", nargs="+", help="vdev=xvda,target=disk.img or file:disk.img,xvda,w")
-    detach.add_argument("device", metavar="DEV", help="xvda or 51712")
-    xenstore.add(verbs, common, change, _control_socket, _domid_of)
+    for added in (detach, resize):
+        added.add_argument("device", metavar="DEV", help="xvda or 51712")
+    resize.add_argument(
+        "size", metavar="SIZE", nargs="?", help="make its image so long (10G); without it, the size that the image has"
+    )
     detach.add_argument("--force", action="store_true", help="take it away from a guest that does not let it go")
+    less.add_argument("--force", action="store_true", help="take it away from a guest that does not let it go")
+    shown.add_argument("-n", "--num", type=int, default=0, metavar="NUM", help="which of its consoles (0)")
+    # xl has serial, too: an emulated serial line is the VMM's
+    shown.add_argument("-t", "--type", choices=("pv",), default="pv", help="only PV consoles are served here")
+    more.add_argument("-n", "--num", type=int, metavar="NUM", help="1 to 9 (the first that is free)")
+    less.add_argument("num", type=int, metavar="NUM", help="1 to 9")
+    xenstore.add(verbs, common, change, _control_socket, _domid_of)
     return parser.parse_args(argv, Asked(output="text", runtime_dir=None, socket=None, timeout=None))
 
 

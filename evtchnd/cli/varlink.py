@@ -30,7 +30,18 @@ class Client:
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """The reply's parameters. OperatorError with the daemon's reason where it refuses."""
-        message = json.dumps({"method": method, "parameters": parameters}).encode()
+        return self._call({"method": method, "parameters": parameters})
+
+    def upgrade(self, method: str, **parameters: Any) -> tuple[socket.socket, bytes]:
+        """As `call`, and the connection leaves Varlink: its socket, the caller's from now on, and what came already."""
+        self._call({"method": method, "parameters": parameters, "upgrade": True})
+        sock, self._sock = self._sock, socket.socket(socket.AF_UNIX)
+        sock.settimeout(None)
+        rest, self._rest = self._rest, b""
+        return sock, rest
+
+    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+        message = json.dumps(call).encode()
         try:
             self._sock.sendall(message + b"\0")
             reply = json.loads(self._receive())

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
+from evtchnd import diskspec
 from evtchnd.abi import DOMID_FIRST_RESERVED, EVTCHN_2L_PORTS_64
-from evtchnd.control import diskspec
 from evtchnd.errors import OperatorError
 
 Engine = Literal["auto", "io_uring", "threads"]
@@ -30,6 +30,9 @@ DEFAULT_RUNTIME_DIR = "/run/evtchnd"
 
 # A wrong file may have many wrong keys; who corrects it reads the first screenful.
 _MOST_FAULTS = 20
+
+# Of all queues of a disk: four queues of 16 pages. A ring page holds 32 requests; each costs the journal 128 bytes.
+MOST_RING_PAGES = 64
 
 # One tenth of a second is a tick of a busy host, an hour is "never" to whoever waits for a guest.
 Seconds = Annotated[float, Meta(ge=0.1, le=3600)]
@@ -57,7 +60,7 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     grant_frames: Annotated[int, Meta(ge=1, le=64)] = 64
     # Of one domain. The 2-level ABI has 4,096 ports, a few of which the guest keeps for itself.
     ports: Annotated[int, Meta(ge=1, le=EVTCHN_2L_PORTS_64)] = EVTCHN_2L_PORTS_64
-    # Of one domain. A disk costs a ring of up to 16 pages, its journal and about 8 descriptors.
+    # Of one domain. A disk costs rings of up to 64 pages, their journals and about 16 descriptors.
     disks: Annotated[int, Meta(ge=1, le=1024)] = 64
     # Opening or closing an image: longer, and its storage hangs. A VMM waits 10 s for each answer.
     image_s: Seconds = 8.0
@@ -93,10 +96,35 @@ class Vbd(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     # 16 pages, 512 requests of 11 segments: Linux' blkback ends there (XENBUS_MAX_RING_GRANT_ORDER 4).
     max_ring_page_order: Annotated[int, Meta(ge=0, le=4)] = 4
-    # 1 MiB a request, Linux' own maximum (MAX_INDIRECT_SEGMENTS). 0: the feature is not offered.
-    max_indirect_segments: Annotated[int, Meta(ge=0, le=256)] = 256
+    # Linux' frontend takes one a vCPU, four at most (xen_blkif_max_queues); one worker serves them all, so that more of
+    # them only spare a guest's vCPUs each other's locks. 1: one ring, as before queues.
+    max_queues: Annotated[int, Meta(ge=1, le=MOST_RING_PAGES)] = 4
+    # 1 MiB a request, Linux' own maximum (MAX_INDIRECT_SEGMENTS). The wire ends at 8 pages of 512, 16 MiB a request; a
+    # worker keeps 20 bytes for each of them and each entry of each ring: 10 MiB a disk as it is here, 160 MiB at most.
+    # 0: the feature is not offered.
+    max_indirect_segments: Annotated[int, Meta(ge=0, le=4096)] = 256
     # auto: io_uring, or threads where the kernel refuses it.
     engine: Engine = "auto"
+
+
+class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Consoles: what of a guest's output is kept, and for whom."""
+
+    # What `evtchnctl console` shows first: a boot's last screens, or an oops with its registers and stack.
+    scrollback_bytes: Annotated[int, Meta(ge=0, le=16 << 20)] = 16384
+    # Output that waits for one who does not read (a pty that is not open, a stopped evtchnctl); what is above drops the
+    # oldest. Xen's LIBXL_XENCONSOLE_LIMIT.
+    buffer_bytes: Annotated[int, Meta(ge=4096, le=64 << 20)] = 1 << 20
+    # `evtchnctl console` at one console at the same time: people who look together. Each may cost buffer_bytes.
+    clients: Annotated[int, Meta(ge=1, le=256)] = 8
+    # Folder of the log files, which has to be there; empty: no logs. It would be a guest's way to the host's disk, so
+    # it is the operator who opens it.
+    log_dir: str = ""
+    # Of one log file; a full one becomes NAME.1 and there is one of these: twice this is the most that a console takes.
+    log_bytes: Annotated[int, Meta(ge=4096)] = 4 << 20
+    # Into the log, a second; what is above is left out, with a line that counts it. A serial line of 115,200 baud
+    # brings 11,520; a kernel's boot (some 100 KiB in a few seconds) passes, since four seconds' worth may come at once.
+    log_rate_bytes: Annotated[int, Meta(ge=256)] = 65536
 
 
 class Xenstore(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -149,6 +177,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     limits: Limits = field(default_factory=Limits)
     poll: Poll = field(default_factory=Poll)
     vbd: Vbd = field(default_factory=Vbd)
+    console: Console = field(default_factory=Console)
     xenstore: Xenstore = field(default_factory=Xenstore)
     domains: tuple[Domain, ...] = ()
 
@@ -325,10 +354,16 @@ def _cross_checks(config: Config) -> Iterator[tuple[str, str]]:
     """What one value alone does not show."""
     if not os.path.isabs(config.runtime_dir):  # noqa: PTH117 -- the text as it stands, before Path tidies it
         yield "runtime_dir", "must be an absolute path"
+    if config.console.log_dir and not os.path.isabs(config.console.log_dir):  # noqa: PTH117 -- as above
+        yield "console.log_dir", "must be an absolute path"
     if config.limits.restart_pause_s > config.limits.restart_pause_max_s:
         yield "limits.restart_pause_s", f"above limits.restart_pause_max_s ({config.limits.restart_pause_max_s:g})"
     if 0 < config.vbd.max_indirect_segments <= 11:
         yield "vbd.max_indirect_segments", "11 fit without indirection: 0 turns it off, 12 is the least"
+    if config.vbd.max_queues << config.vbd.max_ring_page_order > MOST_RING_PAGES:
+        most = MOST_RING_PAGES >> config.vbd.max_ring_page_order
+        reason = f"rings of {1 << config.vbd.max_ring_page_order} pages (vbd.max_ring_page_order) leave room for {most}"
+        yield "vbd.max_queues", reason
     seen: dict[int, int] = {}
     for index, domain in enumerate(config.domains):
         first = seen.setdefault(domain.domid, index)

@@ -17,17 +17,17 @@ from typing import Any
 
 import msgspec
 
+from evtchnd import diskspec, transport
 from evtchnd import protocol as p
-from evtchnd import transport
-from evtchnd.control import descriptors, diskspec, toolstack
+from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
 from evtchnd.control.disk import Disk
-from evtchnd.control.diskspec import DiskSpec
 from evtchnd.control.domain import DESCRIPTORS, Domain
 from evtchnd.control.images import Images
 from evtchnd.control.inprocess import InProcess
 from evtchnd.control.vmm_connection import VmmConnection
 from evtchnd.control.zygote import Workers, Zygote
+from evtchnd.diskspec import DiskSpec
 from evtchnd.errors import HostError, OperatorError, VmmError
 from evtchnd.xenstore import restore
 from evtchnd.xenstore.client import Client
@@ -177,13 +177,63 @@ class Daemon:
         log.info("%s: %s: detached%s", found.name, found.vdev, " by force" if forced else "")
         return {"domid": domid, "devid": found.devid, "vdev": found.vdev, "forced": forced}
 
+    async def console(self, domid: int, devid: int) -> dict[str, Any]:
+        """Returns {"devid", "tty"}."""
+        found = self._domain(domid).consoles[devid]
+        return {"devid": found.devid, "tty": found.tty}
+
+    async def console_client(self, domid: int, devid: int, fd: int, greeting: bytes) -> None:
+        """Gives a stream socket to a console: `greeting`, its recent output, then bytes both ways. Copies `fd`."""
+        await self._domain(domid).consoles.client(devid, fd, greeting)
+
+    async def attach_console(self, domid: int, devid: int | None = None) -> dict[str, Any]:
+        """A further console; does not wait for the guest. Returns {"devid", "tty", "backend", "frontend"}."""
+        made = await self._domain(domid).consoles.attach(devid)
+        log.info("%s: attached, %s", made.name, made.tty or "without a pty")
+        return {
+            "devid": made.devid,
+            "tty": made.tty,
+            "backend": toolstack.backend(made),
+            "frontend": toolstack.frontend(made),
+        }
+
+    async def detach_console(self, domid: int, devid: int, *, force: bool = False) -> dict[str, Any]:
+        """Takes a further console away, as detach_block. Returns {"devid", "forced"}."""
+        try:
+            forced = await self._domain(domid).consoles.detach(devid, force=force)
+        except (HostError, VmmError) as exc:
+            raise OperatorError(str(exc)) from None
+        return {"devid": devid, "forced": forced}
+
+    async def resize_block(self, domid: int, device: str | int, size: int | None = None) -> dict[str, Any]:
+        """The device gets the size that its image has now, or, of a file, `size` bytes; a guest sees it at once.
+
+        Returns {"domid", "devid", "vdev", "sectors", "sector_size"}.
+        """
+        domain = self._domain(domid)
+        found = self._disk(domain, device)
+        try:
+            await domain.resize(found, size)
+        except (HostError, VmmError) as exc:
+            raise OperatorError(str(exc)) from None
+        log.info("%s: %s: %d sectors of 512 bytes", found.name, found.vdev, found.sectors)
+        return {
+            "domid": domid,
+            "devid": found.devid,
+            "vdev": found.vdev,
+            "sectors": found.sectors,
+            "sector_size": found.sector_size,
+        }
+
     async def list(self) -> List[dict[str, Any]]:
         """One object a domain: {"domid", "name", "uuid", "state", "memory" (bytes), "vcpus", "devices" (count)}."""
         return [_summary(domain) for _, (domain, _) in sorted(self._domains.items())]
 
     async def info(self, domid: int) -> dict[str, Any]:
         """As in list(), and "slots", "grant_frames", "ports", "vmm_pid", "worker" {"pid", "restarts"} and
-        "devices": [{"kind", "devid", "vdev", "target", "readonly", "state" (xenbus), "counters" {name: int}}].
+        "devices": [{"kind", "devid", "vdev", "target", "readonly", "state" (xenbus), "counters" {name: int}, and of a
+        disk "sectors" (of 512 bytes), "sector_size" (bytes), "cache" ("writeback", "none")}]
+        and "consoles": [{"devid", "tty", "log", "state", "counters"}].
         """
         domain = self._domain(domid)
         counters = await domain.supervisor.counters()
@@ -201,10 +251,23 @@ class Daemon:
                     "vdev": each.vdev,
                     "target": each.target,
                     "readonly": each.readonly,
+                    "sectors": each.sectors,
+                    "sector_size": each.sector_size,
+                    "cache": "none" if each.direct else "writeback",
                     "state": toolstack.state(self._server, toolstack.backend(each)),
                     "counters": counters.get(each.devid, {}),
                 }
                 for each in domain.disks.values()
+            ],
+            "consoles": [
+                {
+                    "devid": each.devid,
+                    "tty": each.tty,
+                    "log": each.log_path,
+                    "state": each.reason or "on",
+                    "counters": counters.get(each.key, {}),
+                }
+                for each in domain.consoles.by_key.values()
             ],
         }
 
@@ -224,7 +287,9 @@ class Daemon:
 
     async def _open(self, domain: Domain, spec: DiskSpec) -> Disk:
         readonly = spec.readonly or spec.cdrom
-        image = await self._images.open(spec.target, readonly=readonly)
+        image = await self._images.open(
+            spec.target, readonly=readonly, sector_size=spec.sector_size, direct=spec.direct
+        )
         try:
             # the domain may have changed meanwhile
             if self._domains.get(domain.domid, (None,))[0] is not domain:
@@ -241,6 +306,7 @@ class Daemon:
             target=str(spec.target),
             readonly=readonly,
             cdrom=spec.cdrom,
+            discard=spec.discard,
             vbd=self._config.vbd,
         )
 

@@ -22,8 +22,9 @@ from evtchnd import protocol as p
 from evtchnd.abi import PAGE_SIZE
 from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
+from evtchnd.control.console import Consoles
 from evtchnd.control.descriptors import Held
-from evtchnd.control.disk import Disk
+from evtchnd.control.disk import Disk, Image
 from evtchnd.control.images import Images
 from evtchnd.control.ports import STORE, Ports, Vmm
 from evtchnd.control.supervisor import Supervisor
@@ -36,10 +37,10 @@ from evtchnd.xenstore.server import RingConnection, Server
 
 log = logging.getLogger(__name__)
 
-# A domain before its memory and its disks: sockets, pidfd, store page and port, and some air.
-DESCRIPTORS = 24
-# Of one disk here: image, journal, io_uring, two a port.
-DISK_DESCRIPTORS = 8
+# A domain before its memory and its disks: sockets, pidfd, store page and port, a console, and some air.
+DESCRIPTORS = 30
+# Of one disk here: image, journal, io_uring, and some air; two more a queue.
+DISK_DESCRIPTORS = 6
 # Descriptors in one message to the worker; the kernel's limit is 253.
 _FDS = 200
 
@@ -71,6 +72,7 @@ class Domain:
         self.ports = Ports(self.label, vmm, config.limits.ports)
         self.disks: dict[int, Disk] = {}
         self.store_port = 0
+        self.consoles = Consoles(self.domid, server=server, store=store, ports=self.ports, images=images, config=config)
         self.supervisor = Supervisor(self, workers, config)
         self._config = config
         self._images = images
@@ -228,6 +230,7 @@ class Domain:
         """Serves the domain. VmmError, HostError: it is not served, and may be started again."""
         if not self.slots:
             raise VmmError(f"{self.label}: START without memory")
+        self.consoles.check_page(entry for entry, _ in self.slots.values())
         try:
             await self._start()
         except BaseException:
@@ -259,9 +262,11 @@ class Domain:
             kick, notify = await self.ports.bind(STORE, [self.store_port])
             self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
         self._server.resumed(self.domid)
+        await self.consoles.start(self.supervisor)
         for disk in self.disks.values():
             toolstack.add_disk(self._server, disk)
         self.running = True
+        await self.consoles.serve()
         for disk in list(self.disks.values()):
             await self.supervisor.attach(disk)
 
@@ -288,6 +293,7 @@ class Domain:
         if self._ended:
             return
         self._ended = True
+        self.consoles.end()
         try:
             await self._stop()
         finally:
@@ -297,6 +303,7 @@ class Domain:
         if self._page is not None:
             self._page.close()
         self.ports.close()
+        await self.consoles.close()
         images = [fd for disk in self.disks.values() for fd in disk.close()]
         _drop([*(held for _, held in self.slots.values()), *(held for _, held in self.frames.values())])
         self.disks, self.slots, self.frames = {}, {}, {}
@@ -312,12 +319,15 @@ class Domain:
     # ---- ports
 
     async def bind(self, devid: int, ports: Sequence[int]) -> list[int]:
-        """As Ports.bind, for a disk that is there."""
-        fds = await self.ports.bind(devid, ports) if devid in self.disks else []
-        if devid not in self.disks:  # it may have been taken away while the VMM thought about it
+        """As Ports.bind, for a device that is there."""
+        fds = await self.ports.bind(devid, ports) if self._has(devid) else []
+        if not self._has(devid):  # it may have been taken away while the VMM thought about it
             self.ports.unbind(devid, ports)
             raise VmmError(f"{self.label}: device {devid} is not there", errno.ENODEV)
         return fds
+
+    def _has(self, key: int) -> bool:
+        return key in self.disks or key in self.consoles.by_key
 
     def unbind(self, devid: int, ports: Sequence[int]) -> None:
         """As Ports.unbind, for a device (STORE is no worker's)."""
@@ -342,7 +352,7 @@ class Domain:
             raise OperatorError(f"{self.label}: {vdev} is there already: {self.disks[devid].target}", errno.EEXIST)
         if len(self.disks) >= self._config.limits.disks:
             raise OperatorError(f"{self.label}: {len(self.disks)} disks are the limit (limits.disks)", errno.ENOSPC)
-        descriptors.require(DISK_DESCRIPTORS, f"{self.label}: {vdev}")
+        descriptors.require(DISK_DESCRIPTORS + 2 * self._config.vbd.max_queues, f"{self.label}: {vdev}")
 
     async def attach(self, disk: Disk) -> None:
         """Takes the disk; its device appears now, or at START. OperatorError where the worker cannot serve it."""
@@ -370,6 +380,42 @@ class Domain:
                 forced = True
         await self._take_away(disk)
         return forced
+
+    async def resize(self, disk: Disk, size: int | None) -> None:
+        """The disk's size after its owner has changed it, or `size` in bytes; a connected guest is told.
+
+        OperatorError: it cannot be, and why; VmmError: the worker refuses it.
+        """
+        if size is not None and disk.readonly:
+            raise OperatorError(f"{disk.name}: is attached read-only: its image is not made longer")
+        if size is not None and size % disk.sector_size:
+            raise OperatorError(f"{disk.name}: {size} bytes are no whole sectors of {disk.sector_size}")
+        try:
+            now = await self._images.resize(disk.vdev, disk.fd, size)
+        except OperatorError as exc:
+            raise OperatorError(f"{disk.name}: {exc}") from None
+        async with self._changing:
+            if self.disks.get(disk.devid) is not disk:
+                raise OperatorError(f"{disk.name}: was taken away")
+            sectors = Image(disk.fd, now, disk.sector_size).sectors
+            old = disk.sectors
+            if sectors < old and disk.connected is not None:
+                raise OperatorError(
+                    f"{disk.name}: the image has {sectors} sectors of 512 bytes, the guest uses {old}: "
+                    "it is not made smaller while it is connected (detach it)"
+                )
+            if not sectors:
+                raise OperatorError(f"{disk.name}: no sector fits into {now} bytes")
+            disk.sectors = sectors
+            try:
+                await self.supervisor.change(lambda id: m.Resize(id, disk.devid, sectors))
+            except VmmError:
+                disk.sectors = old
+                raise
+
+    def rings_gone(self, disk: Disk) -> None:
+        """The worker has let a disk's rings go."""
+        toolstack.forget_rings(self._server, disk)
 
     def disk_ended(self, disk: Disk) -> None:
         """The backend has ended by itself: after a detach that took too long, the rest of it happens now."""

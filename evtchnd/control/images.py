@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from evtchnd import transport
-from evtchnd.control.disk import Image, check_passed, open_image
+from evtchnd.control.disk import Image, check_passed, open_image, resize_image
 from evtchnd.errors import OperatorError
 
 T = TypeVar("T")
@@ -31,16 +32,20 @@ class Images:
         self._seconds = seconds
         self._waiting = 0
 
-    async def open(self, target: Path, *, readonly: bool) -> Image:
+    async def open(self, target: Path, *, readonly: bool, sector_size: int = 0, direct: bool = False) -> Image:
         """As `open_image`. What comes when nobody waits any more is closed, and its lock with it."""
         if self._waiting >= _MOST_WAITING:
             raise OperatorError(f"{target}: {self._waiting} images wait for their storage already", errno.EBUSY)
-        return await self._beside(str(target), lambda: open_image(target, readonly=readonly), self._drop)
+        return await self.beside(
+            str(target),
+            lambda: open_image(target, readonly=readonly, sector_size=sector_size, direct=direct),
+            self._drop,
+        )
 
     async def passed(self, fd: int, *, readonly: bool) -> Image:
         """As `check_passed`. Takes `fd`: it is closed where it is refused."""
         try:
-            return await self._beside("the descriptor", lambda: check_passed(fd, readonly=readonly), lambda _: None)
+            return await self.beside("the descriptor", lambda: check_passed(fd, readonly=readonly), lambda _: None)
         except Exception:
             with suppress(OperatorError):
                 await self.close([fd])
@@ -49,15 +54,28 @@ class Images:
             _run(lambda: transport.close_all([fd]))
             raise
 
+    async def resize(self, what: str, fd: int, size: int | None) -> int:
+        """As `resize_image`; works on a copy of `fd`. `what` begins an error."""
+        copy = os.dup(fd)
+
+        def work() -> int:
+            try:
+                return resize_image(copy, size)
+            finally:
+                os.close(copy)
+
+        return await self.beside(what, work, lambda _: None)
+
     async def close(self, fds: Iterable[int]) -> None:
         """Closes images; a share's writes may have to go out first. OperatorError: that goes on without us."""
         fds = list(fds)
-        await self._beside("closing an image", lambda: transport.close_all(fds), lambda _: None)
+        await self.beside("closing an image", lambda: transport.close_all(fds), lambda _: None)
 
     def _drop(self, image: Image) -> None:
         _run(lambda: transport.close_all([image.fd]))
 
-    async def _beside(self, what: str, work: Callable[[], T], undo: Callable[[T], None]) -> T:
+    async def beside(self, what: str, work: Callable[[], T], undo: Callable[[T], None]) -> T:
+        """`work()` in a thread; `undo` gets what comes when nobody waits any more. OperatorError: it takes too long."""
         loop = asyncio.get_running_loop()
         come: asyncio.Future[T] = loop.create_future()
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from evtchnd.control import diskspec, varlink
+from evtchnd import diskspec
+from evtchnd.control import varlink
 from evtchnd.errors import EvtchndError, OperatorError
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class Device(Struct, frozen=True):
     readonly: bool
     state: int
     counters: dict[str, int]
+    sectors: int | None = None
+    sector_size: int | None = None
+    cache: str | None = None
 
 
 class Worker(Struct, frozen=True):
@@ -68,6 +72,14 @@ class Disk(Struct, frozen=True):
     frontend: str
 
 
+class Console(Struct, frozen=True):
+    devid: int
+    tty: str
+    log: str
+    state: str
+    counters: dict[str, int]
+
+
 class ListReply(Struct, frozen=True):
     domains: list[Domain]
 
@@ -84,6 +96,7 @@ class InfoReply(Struct, frozen=True):
     vmm_pid: int
     worker: Worker
     devices: list[Device]
+    consoles: list[Console]
 
 
 class BlockAttachCall(Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,6 +120,52 @@ class BlockDetachReply(Struct, frozen=True):
     forced: bool
 
 
+class ConsoleCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    devid: int
+
+
+class ConsoleReply(Struct, frozen=True):
+    devid: int
+    tty: str
+
+
+class ConsoleAttachCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    devid: int | None = None
+
+
+class ConsoleAttachReply(Struct, frozen=True):
+    devid: int
+    tty: str
+    backend: str
+    frontend: str
+
+
+class ConsoleDetachCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    devid: int
+    force: bool | None = None
+
+
+class ConsoleDetachReply(Struct, frozen=True):
+    devid: int
+    forced: bool
+
+
+class BlockResizeCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    device: str
+    size: Annotated[int, Meta(gt=0, le=(1 << 63) - 1)] | None = None
+
+
+class BlockResizeReply(Struct, frozen=True):
+    devid: int
+    vdev: str
+    sectors: int
+    sector_size: int
+
+
 class Operator:
     """The operator's socket of a running Daemon."""
 
@@ -118,6 +177,10 @@ class Operator:
             "Info": varlink.Method(InfoCall, self._info),
             "BlockAttach": varlink.Method(BlockAttachCall, self._block_attach),
             "BlockDetach": varlink.Method(BlockDetachCall, self._block_detach),
+            "Console": varlink.Method(ConsoleCall, self._console, self._console_client),
+            "ConsoleAttach": varlink.Method(ConsoleAttachCall, self._console_attach),
+            "ConsoleDetach": varlink.Method(ConsoleDetachCall, self._console_detach),
+            "BlockResize": varlink.Method(BlockResizeCall, self._block_resize),
         }
         service = varlink.Service(
             [varlink.Interface(DESCRIPTION, methods, _failed)],
@@ -160,6 +223,22 @@ class Operator:
     async def _block_detach(self, call: BlockDetachCall) -> BlockDetachReply:
         gone = await self._daemon.detach_block(call.domid, call.device, force=bool(call.force))
         return _reply(BlockDetachReply, gone)
+
+    async def _console(self, call: ConsoleCall) -> ConsoleReply:
+        return _reply(ConsoleReply, await self._daemon.console(call.domid, call.devid))
+
+    async def _console_client(self, call: ConsoleCall, fd: int, greeting: bytes) -> None:
+        await self._daemon.console_client(call.domid, call.devid, fd, greeting)
+
+    async def _console_attach(self, call: ConsoleAttachCall) -> ConsoleAttachReply:
+        return _reply(ConsoleAttachReply, await self._daemon.attach_console(call.domid, call.devid))
+
+    async def _console_detach(self, call: ConsoleDetachCall) -> ConsoleDetachReply:
+        gone = await self._daemon.detach_console(call.domid, call.devid, force=bool(call.force))
+        return _reply(ConsoleDetachReply, gone)
+
+    async def _block_resize(self, call: BlockResizeCall) -> BlockResizeReply:
+        return _reply(BlockResizeReply, await self._daemon.resize_block(call.domid, call.device, call.size))
 
 
 def version() -> str:

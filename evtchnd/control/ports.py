@@ -21,7 +21,7 @@ from evtchnd.errors import EvtchndError, VmmError
 from evtchnd.messages import ALL_PORTS
 
 STORE = -1
-"""Owner of the XenStore ring's port; device numbers are not negative."""
+"""Owner of the XenStore ring's port; a disk's is its number, a console's its `console_key`."""
 # Owner of a port that RESUME brought: the device that asks for it gets it.
 _NOBODY = -2
 _ONE = (1).to_bytes(8, "little")

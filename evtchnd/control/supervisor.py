@@ -12,13 +12,14 @@ there at that moment gets the tables when it comes.
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import logging
 import os
 import socket
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from evtchnd import transport
 from evtchnd._core.uring import inflight_of
@@ -28,6 +29,9 @@ from evtchnd.control.zygote import Process, Workers
 from evtchnd.errors import HostError, VmmError
 from evtchnd.worker import messages as m
 from evtchnd.worker.link import Link
+
+if TYPE_CHECKING:
+    from evtchnd.control.console import Console, Consoles
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class Owner(Protocol):
     domid: int
     running: bool  # its disks have their nodes
     disks: dict[int, Disk]
+    consoles: Consoles
 
     def memory_messages(self, id: Callable[[], int]) -> Iterable[tuple[m.Memory, list[int]]]:
         """All slots and grant frames."""
@@ -58,6 +63,7 @@ class Owner(Protocol):
     async def bind(self, devid: int, ports: list[int]) -> list[int]: ...
     def unbind(self, devid: int, ports: list[int]) -> None: ...
     def disk_ended(self, disk: Disk) -> None: ...
+    def rings_gone(self, disk: Disk) -> None: ...
 
 
 class _Worker:
@@ -157,6 +163,36 @@ class Supervisor:
         if worker is not None:
             worker.given.discard(disk.devid)
 
+    async def attach_console(self, console: Console) -> None:
+        """Gives a console to the worker."""
+        worker = self._worker
+        if worker is not None:
+            await self._attach_console(worker, console)
+
+    async def detach_console(self, console: Console) -> None:
+        """As detach."""
+        worker = self._worker
+        await self.change(lambda id: m.Detach(id, console.key))
+        if worker is not None:
+            worker.given.discard(console.key)
+
+    async def client(self, console: Console, fd: int, greeting: bytes) -> None:
+        """Gives a console's client to the worker, or to the next one if that one dies. VmmError, HostError."""
+        try:
+            async with asyncio.timeout(self._config.limits.request_s):
+                while True:
+                    worker = self._worker
+                    if worker is not None:
+                        id = next(self._ids)
+                        answer = await worker.ask(id, m.Client(id, console.key, greeting), [fd])
+                        if isinstance(answer, m.Done) and answer.errno not in (0, errno.ENODEV):
+                            raise VmmError(answer.reason, answer.errno)
+                        if isinstance(answer, m.Done) and not answer.errno:
+                            return
+                    await asyncio.sleep(_LOOK_MOST_S)
+        except TimeoutError:
+            raise HostError(f"{console.name}: no worker serves it now") from None
+
     async def counters(self) -> dict[int, dict[str, int]]:
         """Of each device, by number; {} while there is no worker or when it is too busy to tell."""
         worker = self._worker
@@ -192,7 +228,7 @@ class Supervisor:
             asked = []
             id = next(self._ids)
             with owner.store_socket() as store:
-                setup = m.Setup(id, owner.domid, config.poll, config.vbd, config.limits.drain_s)
+                setup = m.Setup(id, owner.domid, config.poll, config.vbd, config.limits.drain_s, config.console)
                 asked.append(worker.ask(id, setup, [store.fileno()]))
                 asked += [worker.ask(msg.id, msg, fds) for msg, fds in owner.memory_messages(lambda: next(self._ids))]
                 self._worker = worker
@@ -230,6 +266,9 @@ class Supervisor:
                 worker = await self._begin()
                 self.restarts += 1
                 if self._owner.running:
+                    for console in list(self._owner.consoles.by_key.values()):
+                        if not console.reason:
+                            self._spawn(self._attach_console(worker, console))
                     for disk in list(self._owner.disks.values()):
                         if not disk.reason:
                             self._spawn(self._attach(worker, disk))
@@ -271,13 +310,35 @@ class Supervisor:
             return
         worker.given.add(disk.devid)
         id = next(self._ids)
-        attach = m.Attach(id, disk.kind, disk.devid, disk.readonly, disk.cdrom, False, disk.connected)
+        attach = m.Attach(
+            id,
+            disk.kind,
+            disk.devid,
+            disk.readonly,
+            disk.cdrom,
+            disk.direct,
+            disk.connected,
+            sectors=disk.sectors,
+            sector_size=disk.sector_size,
+        )
         answer = await worker.ask(id, attach, [disk.fd, disk.journal])
         if isinstance(answer, m.Done) and answer.errno:
             disk.reason = answer.reason
             log.error("%s: off: %s", disk.name, answer.reason)
         elif disk.connected is not None:
             self._owner.kick(disk.devid)
+
+    async def _attach_console(self, worker: _Worker, console: Console) -> None:
+        if self._worker is not worker or console.closed or console.key in worker.given:
+            return
+        worker.given.add(console.key)
+        id = next(self._ids)
+        message, fds = console.attach(id)
+        answer = await worker.ask(id, message, fds)
+        if isinstance(answer, m.Done) and answer.errno:
+            console.reason = answer.reason
+            console.settled.set()
+            log.error("%s: off: %s", console.name, answer.reason)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -303,7 +364,10 @@ class Supervisor:
             case m.Unbind():
                 self._owner.unbind(message.devid, message.ports)
             case m.Connected() if message.devid in self._owner.disks:
-                self._owner.disks[message.devid].connected = message.params
+                disk = self._owner.disks[message.devid]
+                disk.connected = message.params
+                if message.params is None:
+                    self._owner.rings_gone(disk)
             case m.Keep():
                 worker.send(m.Done(message.id, reason=self._keep_uring(worker, message)))
             case m.Ended() if message.devid in self._owner.disks:
@@ -312,6 +376,17 @@ class Supervisor:
                 disk.connected = None
                 disk.reason = message.reason
                 self._owner.disk_ended(disk)
+            case m.Connected() if message.devid in self._owner.consoles.by_key:
+                console = self._owner.consoles.by_key[message.devid]
+                console.connected = message.params
+                console.settled.set()
+            case m.Ended() if message.devid in self._owner.consoles.by_key:
+                console = self._owner.consoles.by_key[message.devid]
+                worker.given.discard(console.key)
+                console.connected = None
+                console.reason = message.reason
+                console.settled.set()
+                self._owner.consoles.ended(console)
             case _:
                 log.debug("%s: %s of no device", self._name, type(message).__name__)
         transport.close_all(fds)

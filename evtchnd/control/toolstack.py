@@ -7,13 +7,33 @@ the guest's, readable for domain 0; its backend directory is domain 0's, readabl
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Protocol
 
 from evtchnd.abi import GNTTAB_RESERVED_XENSTORE, XenbusState
 from evtchnd.control.disk import Disk
+from evtchnd.worker.device import Params
 from evtchnd.xenstore.client import Client
 from evtchnd.xenstore.local import LocalTransaction
 from evtchnd.xenstore.server import Server
+
+
+class Placed(Protocol):
+    """A device, as its nodes' paths and its detach need it."""
+
+    @property
+    def kind(self) -> str: ...
+
+    domid: int
+    devid: int
+    connected: Params | None
+
+
+class Terminal(Placed, Protocol):
+    """A console."""
+
+    page: tuple[int, int] | None
+    tty: str
 
 
 class Introduced(Protocol):
@@ -31,6 +51,7 @@ class Introduced(Protocol):
 
 # A frontend that waits for its backend's last state has seen it then, before the nodes go.
 SEEN_S = 0.25
+_OF_RINGS = re.compile(r"ring-ref\d*|event-channel|ring-page-order|num-ring-pages|multi-queue-num-queues|queue-\d+")
 # A frontend in one of these has a ring, or is about to: a detach waits for it.
 _WITH_RING = (XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSING)
 
@@ -40,14 +61,16 @@ def home(domid: int) -> str:
     return f"/local/domain/{domid}"
 
 
-def backend(disk: Disk) -> str:
+def backend(device: Placed) -> str:
     """/local/domain/0/backend/vbd/7/51712"""
-    return f"/local/domain/0/backend/{disk.kind}/{disk.domid}/{disk.devid}"
+    return f"/local/domain/0/backend/{device.kind}/{device.domid}/{device.devid}"
 
 
-def frontend(disk: Disk) -> str:
-    """/local/domain/7/device/vbd/51712"""
-    return f"{home(disk.domid)}/device/{disk.kind}/{disk.devid}"
+def frontend(device: Placed) -> str:
+    """/local/domain/7/device/vbd/51712; a primary console's is /local/domain/7/console"""
+    if device.kind == "console" and device.devid == 0:
+        return f"{home(device.domid)}/console"
+    return f"{home(device.domid)}/device/{device.kind}/{device.devid}"
 
 
 def add_domain(server: Server, domain: Introduced) -> None:
@@ -79,13 +102,17 @@ def add_domain(server: Server, domain: Introduced) -> None:
             "control/platform-feature-xs_reset_watches": 1,
             **{f"cpu/{vcpu}/availability": "online" for vcpu in range(domain.vcpus)},
         }
-        for directory in ("memory", "store", "control", "cpu", "device", "device/vbd"):
+        for directory in ("memory", "store", "control", "cpu", "device", "device/vbd", "device/console"):
             t.mkdir(f"{path}/{directory}", perms=readable)
         for vcpu in range(domain.vcpus):
             t.mkdir(f"{path}/cpu/{vcpu}", perms=readable)
         for name, value in nodes.items():
             t.write(f"{path}/{name}", value, perms=readable)
-        for name in ("control/shutdown", "data", "drivers", "feature", "attr", "error"):
+        # Linux says in control/feature-* what it can be told by control/shutdown
+        told = [
+            f"control/{name}" for name in ("shutdown", "sysrq", "feature-poweroff", "feature-reboot", "feature-suspend")
+        ]
+        for name in (*told, "data", "drivers", "feature", "attr", "error"):
             t.write(f"{path}/{name}", "", perms=writable)
 
 
@@ -136,6 +163,7 @@ def add_disk(server: Server, disk: Disk) -> None:
             "mode": "r" if disk.readonly else "w",
             "device-type": device_type,
             "params": disk.target,
+            "discard-enable": int(disk.discard),
         }
         for name, value in of_backend.items():
             t.write(f"{back}/{name}", value, perms=of_host)
@@ -150,12 +178,65 @@ def add_disk(server: Server, disk: Disk) -> None:
             t.write(f"{front}/{name}", value, perms=of_guest)
 
 
+def add_console(server: Server, console: Terminal, limit: int) -> None:
+    """Both directories of a console. The primary one has no handshake; its `tty` is what xenconsole looks for."""
+    front, back = frontend(console), backend(console)
+    of_guest = [f"n{console.domid}", "r0"]
+    of_host = ["n0", f"r{console.domid}"]
+    of_backend: dict[str, str | int] = {
+        "frontend": front,
+        "frontend-id": console.domid,
+        "online": 1,
+        "state": int(XenbusState.INITIALISING),
+        "protocol": "vt100",
+    }
+    # what the guest only reads, as libxl has it
+    fixed: dict[str, str | int] = {"limit": limit, "type": "xenconsoled", "output": "pty", "tty": console.tty}
+    own: dict[str, str | int] = {"backend": back, "backend-id": 0}
+    if console.page is not None:
+        fixed |= {"port": console.page[0], "ring-ref": console.page[1]}
+    else:
+        own |= {"protocol": "vt100", "state": int(XenbusState.INITIALISING)}
+    with server.transaction() as t:
+        t.rm(back)
+        t.rm(front)
+        t.mkdir(back.rpartition("/")[0], perms=of_host)
+        t.mkdir(back, perms=of_host)
+        t.mkdir(front, perms=of_guest)
+        for name, value in of_backend.items():
+            t.write(f"{back}/{name}", value, perms=of_host)
+        for name, value in fixed.items():
+            t.write(f"{front}/{name}", value, perms=of_host)
+        for name, value in own.items():
+            t.write(f"{front}/{name}", value, perms=of_guest)
+
+
+def forget_rings(server: Server, disk: Placed) -> None:
+    """Removes what a frontend that has closed, or begins anew, had published of its rings.
+
+    A kernel after kexec may have another number of queues or of ring pages, and Linux' blkfront writes only the nodes
+    that it needs then: `multi-queue-num-queues` of the one before would lead to rings that are not there any more.
+    """
+    front = frontend(disk)
+    if state(server, front) in _WITH_RING:
+        return
+    with server.transaction() as t:
+        for name in t.ls(front) if t.exists(front) else []:
+            if _OF_RINGS.fullmatch(name):
+                t.rm(f"{front}/{name}")
+
+
 def remove_disk(server: Server, disk: Disk) -> None:
+    """As remove_device."""
+    remove_device(server, disk)
+
+
+def remove_device(server: Server, device: Placed) -> None:
     """Both directories. Their parents stay until the domain's end: below them, a guest that looks for its backend
     gets ENOENT, elsewhere it would be EACCES."""
     with server.transaction() as t:
-        t.rm(backend(disk))
-        t.rm(frontend(disk))
+        t.rm(backend(device))
+        t.rm(frontend(device))
 
 
 def state(server: Server, path: str) -> int:
@@ -164,13 +245,13 @@ def state(server: Server, path: str) -> int:
     return int(text) if len(text) == 1 and text in "012345678" else 0
 
 
-async def ask_to_leave(server: Server, store: Client, disk: Disk, limit_s: float) -> bool:
-    """Asks the guest to let the disk go: online 0, state 5, then the backend's state 6. False: not in time.
+async def ask_to_leave(server: Server, store: Client, device: Placed, limit_s: float) -> bool:
+    """Asks the guest to let the device go: online 0, state 5, then the backend's state 6. False: not in time.
 
-    A guest that has no ring on the disk is not waited for.
+    A guest that has no ring on it is not waited for.
     """
-    back = backend(disk)
-    if state(server, frontend(disk)) not in _WITH_RING or disk.connected is None:
+    back = backend(device)
+    if state(server, frontend(device)) not in _WITH_RING or device.connected is None:
         return True
     try:
         async with asyncio.timeout(limit_s), store.watch(f"{back}/state") as watch:

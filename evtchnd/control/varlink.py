@@ -32,11 +32,15 @@ class Call(Struct, frozen=True):
     parameters: dict[str, Any] | None = None
     oneway: bool = False  # no reply is wanted
     more: bool = False  # several replies are welcome; a single one is an answer, too
-    upgrade: bool = False  # the connection shall leave Varlink: no method here does
+    upgrade: bool = False  # the connection shall leave Varlink after the reply
 
 
 class NoParameters(Struct, frozen=True, forbid_unknown_fields=True):
     """Of a method that takes none."""
+
+
+class Upgraded(Exception):
+    """The connection has left Varlink: nothing is read from it or written to it any more."""
 
 
 class VarlinkError(Exception):
@@ -50,10 +54,16 @@ class VarlinkError(Exception):
 
 @dataclass(frozen=True)
 class Method:
-    """parameters: what a call must fit; call: gets them and returns the reply's parameters, a Struct or a mapping."""
+    """parameters: what a call must fit; call: gets them and returns the reply's parameters, a Struct or a mapping.
+
+    upgrade: of a method whose connection may leave Varlink. Gets the parameters, the connection's descriptor (to be
+    copied: it is closed here) and the reply's bytes, which whoever takes the connection over sends first. What it
+    raises is the reply instead, and the connection's last.
+    """
 
     parameters: type[Struct]
     call: Callable[[Any], Awaitable[Struct | Mapping[str, Any]]]
+    upgrade: Callable[[Any, int, bytes], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,19 +100,22 @@ class Service:
         self._interfaces = {interface.name: interface for interface in (own, *interfaces)}
         self._about = {"vendor": vendor, "product": product, "version": version, "url": url}
 
-    async def reply(self, message: bytes) -> bytes | None:
-        """The answer to one message without its NUL; None where none is wanted. ValueError: no call at all."""
+    async def reply(self, message: bytes, leave: Callable[[], int] | None = None) -> bytes | None:
+        """The answer to one message without its NUL; None where none is wanted. ValueError: no call at all.
+
+        `leave`: stops reading from the connection and tells its descriptor. Upgraded: it is somebody else's now.
+        """
         try:
             call = msgspec.json.decode(message, type=Call)
         except msgspec.MsgspecError as exc:
             raise ValueError(str(exc)) from exc
         try:
-            answer: Mapping[str, Any] = {"parameters": await self._run(call)}
+            answer: Mapping[str, Any] = {"parameters": await self._run(call, leave)}
         except VarlinkError as exc:
             answer = {"error": exc.name, "parameters": exc.parameters}
         return None if call.oneway else msgspec.json.encode(answer)
 
-    async def _run(self, call: Call) -> Struct | Mapping[str, Any]:
+    async def _run(self, call: Call, leave: Callable[[], int] | None) -> Struct | Mapping[str, Any]:
         where, _, name = call.method.rpartition(".")
         interface = self._interfaces.get(where)
         if interface is None:
@@ -110,15 +123,19 @@ class Service:
         method = interface.methods.get(name)
         if method is None:
             raise VarlinkError(f"{self.NAME}.MethodNotFound", method=call.method)
-        if call.upgrade:
+        if call.upgrade and (method.upgrade is None or leave is None or call.oneway):
             raise VarlinkError(f"{self.NAME}.InvalidParameter", parameter="upgrade")
         try:
             parameters = msgspec.convert(call.parameters or {}, method.parameters)
         except msgspec.ValidationError as exc:
             raise VarlinkError(f"{self.NAME}.InvalidParameter", parameter=_parameter_of(str(exc))) from exc
         try:
-            return await method.call(parameters)
-        except VarlinkError:
+            reply = await method.call(parameters)
+            if call.upgrade and method.upgrade is not None and leave is not None:
+                await method.upgrade(parameters, leave(), msgspec.json.encode({"parameters": reply}) + b"\0")
+                raise Upgraded
+            return reply
+        except (VarlinkError, Upgraded):
             raise
         except Exception as exc:
             raise interface.failed(exc) from exc
@@ -188,11 +205,19 @@ class Server:
 
     async def _serve(self, sock: socket.socket) -> None:
         reader, writer = await asyncio.open_unix_connection(sock=sock, limit=self._message_bytes)
+        left = False
+
+        def leave() -> int:
+            nonlocal left
+            left = True
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            return sock.fileno()
+
         try:
-            while True:
+            while not left:
                 async with asyncio.timeout(self._idle_s):
                     message = await reader.readuntil(b"\0")
-                answer = await self._service.reply(message[:-1])
+                answer = await self._service.reply(message[:-1], leave)
                 if answer is not None:
                     writer.write(answer + b"\0")
                     async with asyncio.timeout(_WRITE_S):
@@ -204,6 +229,8 @@ class Server:
             log.warning("operator's socket: a message above %d bytes: closed", self._message_bytes)
         except ValueError as exc:
             log.warning("operator's socket: no Varlink call: %s: closed", exc)
+        except Upgraded:
+            log.debug("operator's socket: a connection was upgraded")
         except (TimeoutError, ConnectionError):
             log.debug("operator's socket: closed: idle, or its client is gone")
         finally:

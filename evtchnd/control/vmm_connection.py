@@ -28,7 +28,7 @@ from evtchnd.worker.link import Link
 log = logging.getLogger(__name__)
 
 # What the daemon has of the optional parts of the protocol.
-FEATURES = p.Feature.RESUME | p.Feature.DISK
+FEATURES = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE
 # Requests that wait behind one that takes its time (START): a VMM sends its tables in a few messages and waits.
 _MOST_REQUESTS = 64
 
@@ -269,6 +269,9 @@ class VmmConnection:
     async def _xenstore(self, message: p.XenStore, fds: list[int]) -> None:
         self._of().set_store_page(message.port, fds[0], message.offset)
 
+    async def _console(self, message: p.Console, _: list[int]) -> None:
+        self._of().consoles.set_primary(message.port, message.gfn)
+
     async def _start(self, _: p.Start, __: list[int]) -> None:
         self._table.drop()
         await self._of().start()
@@ -309,6 +312,7 @@ class VmmConnection:
         p.Type.DISK_REMOVE: _disk_remove,
         p.Type.RELEASE: _release,
         p.Type.PING: _ping,
+        p.Type.CONSOLE: _console,
     }
 
     # ---- its end

@@ -1,131 +1,46 @@
-"""A guest's block frontend: handshake, ring, requests at any depth; every response is checked exactly once.
-
-Each of `depth` slots owns `segments` neighbouring pages, granted once for the frontend's life, so that a request costs
-one entry in the ring. With `regrant` every request has grants of its own, read-only for a write, taken back when it is
-answered (what Linux does, and dear in Python).
-"""
+"""A guest's block frontend: handshake, one or several queues, requests at any depth; every response is checked once."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from evtchnd.abi import PAGE_SIZE, XenbusState
+from evtchnd.abi import XenbusState
 from evtchnd.blkif import (
     MAX_INDIRECT_PAGES,
     MAX_SEGMENTS,
-    SECTOR_SIZE,
-    SECTORS_PER_PAGE,
-    SEGMENT,
     SEGMENTS_PER_INDIRECT_PAGE,
     VDISK_READONLY,
     X86_64,
     Layout,
-    Op,
-    Status,
 )
+from evtchnd.guest.blkqueue import Completion, Manner, Queue
 from evtchnd.guest.domain import Domain, GuestFault
 from evtchnd.guest.xenbus import Frontend
 from evtchnd.guest.xenstore import XenStore
-from evtchnd.ring import FrontRing, RingLayout
+from evtchnd.ring import FrontRing
+
+__all__ = ["Blkfront", "Completion", "Queue"]
 
 DEFAULT_TIMEOUT = 30.0
-_TABLE_PAGE = SEGMENTS_PER_INDIRECT_PAGE * SEGMENT.size
-# A sleep on the event channel, after which the ring is looked at whether anything came or not.
-_NAP = 1.0
-
-
-@dataclass(slots=True)
-class Completion:
-    """One answered request. `data` is what a READ brought (bytes), else b""."""
-
-    ident: int
-    op: int
-    sector: int
-    count: int
-    status: int
-    data: bytes
-    nanoseconds: int
-
-
-class _Slot:
-    """Pages, grants and the segment table of one request."""
-
-    def __init__(self, domain: Domain, segments: int) -> None:
-        self.gfn = domain.alloc(segments)
-        self.views = [domain.vm.ram.view(self.gfn + index) for index in range(segments)]
-        self.grefs = [domain.grant(self.gfn + index) for index in range(segments)]
-        tables = -(-segments // SEGMENTS_PER_INDIRECT_PAGE) if segments > MAX_SEGMENTS else 0
-        self.table_gfn = domain.alloc(tables) if tables else 0
-        self.tables = [domain.vm.ram.view(self.table_gfn + index) for index in range(tables)]
-        self.table_grefs = [domain.grant(self.table_gfn + index) for index in range(tables)]
-        self.table = bytearray()
-        self.ident = -1
-        self.op = 0
-        self.sector = 0
-        self.count = 0
-        self.first = 0
-        self.pages = 0
-        self.ragged = False
-        self.begun = 0
-        self.fill()
-
-    def fill(self) -> None:
-        """The table of whole pages, in the indirect pages too."""
-        self.table[:] = b"".join(SEGMENT.pack(gref, 0, SECTORS_PER_PAGE - 1) for gref in self.grefs)
-        for index, view in enumerate(self.tables):
-            part = self.table[index * _TABLE_PAGE : (index + 1) * _TABLE_PAGE]
-            view[: len(part)] = part
-
-    def patch(self, index: int, first: int, last: int) -> None:
-        """Segment `index` is sectors `first` to `last` of its page."""
-        entry = SEGMENT.pack(self.grefs[index], first, last)
-        at = index * SEGMENT.size
-        self.table[at : at + SEGMENT.size] = entry
-        if self.tables:
-            at %= _TABLE_PAGE
-            self.tables[index // SEGMENTS_PER_INDIRECT_PAGE][at : at + SEGMENT.size] = entry
-
-    def put(self, data: bytes | memoryview, first: int) -> None:
-        """Copies a write's data into the pages."""
-        at = first * SECTOR_SIZE
-        view = self.views[0]
-        head = min(PAGE_SIZE - at, len(data))
-        view[at : at + head] = data[:head]
-        for index in range(1, self.pages):
-            part = data[head : head + PAGE_SIZE]
-            self.views[index][: len(part)] = part
-            head += PAGE_SIZE
-
-    def get(self) -> bytes:
-        """A read's data."""
-        at, size = self.first * SECTOR_SIZE, self.count * SECTOR_SIZE
-        if self.pages == 1:
-            return bytes(self.views[0][at : at + size])
-        return b"".join(self.views[: self.pages])[at : at + size]
-
-    def release(self, domain: Domain) -> None:
-        for view in (*self.views, *self.tables):
-            view.release()
-        for gref in (*self.grefs, *self.table_grefs):
-            domain.end_grant(gref)
-        domain.free(self.gfn, len(self.views))
-        if self.tables:
-            domain.free(self.table_gfn, len(self.tables))
 
 
 class Blkfront:
-    """One disk. Not for several threads at once.
+    """One disk. Not for several threads at once; each of its `queues` may have a thread of its own.
 
-    depth      requests in flight (at most what the ring holds; None: the ring's size)
+    depth      requests in flight a queue (at most what the ring holds; None: the ring's size)
     segments   pages a request (4 KiB each); above 11 they are indirect, as far as the backend offers that
+    queues     rings with an event channel each; what is asked of the Blkfront itself goes through the first
     spin_us    how long `complete` looks at the ring before it sleeps on the event channel
+    regrant    each request has grants of its own (see blkqueue.py)
     copy       False: READs bring no data (a load that only counts)
+
+    sectors: in units of 512 bytes, whatever sector_size (bytes) is
     """
 
     sectors: int
     sector_size: int
+    physical_sector_size: int
+    info: int
     readonly: bool
     can_flush: bool
     can_discard: bool
@@ -140,6 +55,7 @@ class Blkfront:
         depth: int | None = None,
         segments: int = MAX_SEGMENTS,
         ring_pages: int = 1,
+        queues: int = 1,
         layout: Layout = X86_64,
         spin_us: int = 50,
         regrant: bool = False,
@@ -150,80 +66,71 @@ class Blkfront:
         self.devid = devid
         self.layout = layout
         self.connected = False
-        self.requests = self.responses = self.kicks = self.sleeps = 0
+        self.queues: list[Queue] = []
+        self._count = queues
         self._store = store
         self._depth = depth
         self._segments = segments
         self._ring_pages = ring_pages
-        self._spin_ns = spin_us * 1000
-        self._regrant = regrant
-        self._copy = copy
-        self._timeout = timeout
-        self._slots: list[_Slot] = []
-        self._idle: list[_Slot] = []
-        self._open: dict[int, _Slot] = {}
-        self._serial = 0
+        self._manner = Manner(layout, spin_us, regrant, copy, timeout)
 
     # ---- life
 
     def connect(self) -> None:
         """The handshake, up to Connected on both ends."""
-        self.bus = bus = Frontend(self._store, "vbd", self.devid, timeout=self._timeout)
+        self.bus = bus = Frontend(self._store, "vbd", self.devid, timeout=self._manner.timeout)
         if bus.state() != XenbusState.INITIALISING:
             bus.switch(XenbusState.INITIALISING)
         bus.wait_backend(XenbusState.INIT_WAIT)
         most = 1 << bus.backend("max-ring-page-order", 0)
         if self._ring_pages > most:
             raise GuestFault(f"vbd {self.devid}: the backend takes rings of {most} pages")
-        self._make_ring()
-        nodes = {f"ring-ref{index}": str(gref) for index, gref in enumerate(self.ring_grefs)}
-        if self._ring_pages == 1:
-            nodes = {"ring-ref": str(self.ring_grefs[0])}
-        else:
-            nodes["ring-page-order"] = str(self._ring_pages.bit_length() - 1)
-        nodes |= {"event-channel": str(self.port), "protocol": self.layout.name}
-        bus.switch(XenbusState.INITIALISED, nodes)
+        most = bus.backend("multi-queue-max-queues", 1)
+        if self._count > most:
+            raise GuestFault(f"vbd {self.devid}: the backend takes {most} queues")
+        self.queues = []
+        for index in range(self._count):
+            name = f"vbd {self.devid}" + (f": queue {index}" if self._count > 1 else "")
+            self.queues.append(Queue(self.domain, name, bus.backend_domid, self._ring_pages, self._manner))
+        bus.switch(XenbusState.INITIALISED, self.nodes())
         if bus.wait_backend(XenbusState.CONNECTED, XenbusState.CLOSING, XenbusState.CLOSED) != XenbusState.CONNECTED:
             raise GuestFault(f"vbd {self.devid}: the backend closed instead of connecting")
-        self._read_features()
-        self._make_slots()
+        self.read_features()
+        limit = max(MAX_SEGMENTS, min(self.max_indirect, MAX_INDIRECT_PAGES * SEGMENTS_PER_INDIRECT_PAGE))
+        for queue in self.queues:
+            queue.make_slots(min(self._segments, limit), self._depth)
         bus.switch(XenbusState.CONNECTED)
         self.connected = True
 
-    def _make_ring(self) -> None:
-        pages = self._ring_pages
-        self.ring_gfn = self.domain.alloc(pages)
-        self._ring_views = [self.domain.vm.ram.view(self.ring_gfn + index) for index in range(pages)]
-        for view in self._ring_views:
-            view[:] = bytes(PAGE_SIZE)
-        ring_layout = RingLayout(self.layout.request_size, self.layout.response_size, pages)
-        self.ring = FrontRing(self._ring_views, ring_layout)
-        self.ring_size = ring_layout.entries
-        self.ring_grefs = [
-            self.domain.grant(self.ring_gfn + index, domid=self.bus.backend_domid) for index in range(pages)
-        ]
-        self.port = self.domain.vm.alloc_unbound(self.bus.backend_domid)
+    def nodes(self) -> dict[str, str]:
+        """What it publishes, as Linux does: with one queue all of it side by side, with more a folder for each."""
+        nodes = {"protocol": self.layout.name}
+        if self._ring_pages > 1:
+            nodes["ring-page-order"] = str(self._ring_pages.bit_length() - 1)
+        if self._count == 1:
+            return {**nodes, **self.queues[0].nodes()}
+        nodes["multi-queue-num-queues"] = str(self._count)
+        for index, queue in enumerate(self.queues):
+            nodes |= {f"queue-{index}/{name}": value for name, value in queue.nodes().items()}
+        return nodes
 
-    def _read_features(self) -> None:
+    def read_features(self) -> None:
+        """What the backend says of the disk, now: after a change of size its state is written anew."""
         backend = self.bus.backend
         self.sectors = backend("sectors")
         self.sector_size = backend("sector-size")
-        self.readonly = bool(backend("info", 0) & VDISK_READONLY)
+        self.physical_sector_size = backend("physical-sector-size", self.sector_size)
+        self.info = backend("info", 0)
+        self.readonly = bool(self.info & VDISK_READONLY)
         self.can_flush = bool(backend("feature-flush-cache", 0))
         self.can_discard = bool(backend("feature-discard", 0))
         self.max_indirect = backend("feature-max-indirect-segments", 0)
 
-    def _make_slots(self) -> None:
-        limit = max(MAX_SEGMENTS, min(self.max_indirect, MAX_INDIRECT_PAGES * SEGMENTS_PER_INDIRECT_PAGE))
-        self.segments = min(self._segments, limit)
-        self.depth = min(self._depth or self.ring_size, self.ring_size)
-        self._slots = [_Slot(self.domain, self.segments) for _ in range(self.depth)]
-        self._idle = self._slots[::-1]
-
     def disconnect(self) -> None:
         """Waits for what is in flight, then closes: 5, 6 on both ends; pages, grants and port are free again."""
-        while self._open and self.connected:
-            self.complete()
+        for queue in self.queues:
+            while queue.in_flight and self.connected:
+                queue.complete()
         self.connected = False
         self.bus.switch(XenbusState.CLOSING)
         self.bus.wait_backend(XenbusState.CLOSING, XenbusState.CLOSED)
@@ -234,192 +141,106 @@ class Blkfront:
     def release(self) -> None:
         """Takes everything back. GuestFault if the backend still uses a page."""
         self.connected = False
-        for slot in self._slots:
-            slot.release(self.domain)
-        self._slots = []
-        self._idle = []
-        self._open = {}
-        self.ring.close()
-        for view in self._ring_views:
-            view.release()
-        for gref in self.ring_grefs:
-            self.domain.end_grant(gref)
-        self.domain.free(self.ring_gfn, self._ring_pages)
-        self.domain.vm.close_port(self.port)
+        for queue in self.queues:
+            queue.release()
 
-    # ---- requests at depth
+    # ---- the first queue
+
+    @property
+    def ring(self) -> FrontRing:
+        return self.queues[0].ring
+
+    @property
+    def ring_size(self) -> int:
+        return self.queues[0].ring_size
+
+    @property
+    def ring_gfn(self) -> int:
+        return self.queues[0].ring_gfn
+
+    @property
+    def ring_grefs(self) -> list[int]:
+        return self.queues[0].ring_grefs
+
+    @property
+    def port(self) -> int:
+        return self.queues[0].port
+
+    @property
+    def segments(self) -> int:
+        return self.queues[0].segments
+
+    @property
+    def depth(self) -> int:
+        return self.queues[0].depth
+
+    @property
+    def requests(self) -> int:
+        return self.queues[0].requests
+
+    @property
+    def responses(self) -> int:
+        return self.queues[0].responses
+
+    @property
+    def kicks(self) -> int:
+        return self.queues[0].kicks
+
+    @property
+    def sleeps(self) -> int:
+        return self.queues[0].sleeps
 
     @property
     def in_flight(self) -> int:
         """Requests that are not answered yet."""
-        return len(self._open)
+        return self.queues[0].in_flight
 
     @property
     def room(self) -> int:
         """Requests that can be submitted now."""
-        return len(self._idle)
+        return self.queues[0].room
 
     @property
     def most_sectors(self) -> int:
-        """Sectors that fit one request."""
-        return self.segments * SECTORS_PER_PAGE
+        """Sectors of 512 bytes that fit one request."""
+        return self.queues[0].most_sectors
 
     def submit_read(self, sector: int, count: int, *, first: int = 0) -> int:
-        """Puts a READ of `count` sectors into the ring; `push` publishes it. `first`: sector of its first page."""
-        return self._submit(Op.READ, sector, count, first)
+        """As Queue.submit_read."""
+        return self.queues[0].submit_read(sector, count, first=first)
 
     def submit_write(self, sector: int, data: bytes | memoryview, *, first: int = 0) -> int:
-        """Puts a WRITE of `data` (whole sectors) into the ring."""
-        count, odd = divmod(len(data), SECTOR_SIZE)
-        if odd:
-            raise ValueError(f"{len(data)} bytes are no whole sectors")
-        return self._submit(Op.WRITE, sector, count, first, data)
+        """As Queue.submit_write."""
+        return self.queues[0].submit_write(sector, data, first=first)
 
     def submit_flush(self) -> int:
-        """Puts a FLUSH_DISKCACHE into the ring."""
-        slot = self._take(Op.FLUSH_DISKCACHE, 0, 0)
-        self.ring.request(self.layout.request(Op.FLUSH_DISKCACHE, slot.ident, 0, ()))
-        return slot.ident
+        """As Queue.submit_flush."""
+        return self.queues[0].submit_flush()
 
     def submit_discard(self, sector: int, count: int) -> int:
-        """Puts a DISCARD into the ring."""
-        slot = self._take(Op.DISCARD, sector, 0)
-        self.ring.request(self.layout.discard_request(slot.ident, sector, count))
-        return slot.ident
+        """As Queue.submit_discard."""
+        return self.queues[0].submit_discard(sector, count)
 
     def submit_raw(self, build: Callable[[int, list[int]], bytes], *, op: int) -> int:
-        """Puts what `build(ident, grefs of the slot's pages)` makes into the ring: any request, however wrong.
-
-        `op` is what the response must carry.
-        """
-        slot = self._take(op, 0, 0)
-        self.ring.request(build(slot.ident, slot.grefs))
-        return slot.ident
-
-    def _take(self, op: int, sector: int, count: int) -> _Slot:
-        if not self._idle:
-            raise GuestFault(f"vbd {self.devid}: {self.depth} requests are in flight already")
-        slot = self._idle.pop()
-        self._serial += 1
-        slot.ident = self._serial
-        slot.op = op
-        slot.sector = sector
-        slot.count = count
-        slot.pages = 0
-        slot.begun = time.perf_counter_ns()
-        self._open[slot.ident] = slot
-        self.requests += 1
-        return slot
-
-    def _submit(self, op: int, sector: int, count: int, first: int, data: bytes | memoryview = b"") -> int:
-        pages = (first + count + SECTORS_PER_PAGE - 1) // SECTORS_PER_PAGE
-        if not 0 < pages <= self.segments:
-            raise ValueError(f"{count} sectors do not fit {self.segments} segments")
-        slot = self._take(op, sector, count)
-        slot.first = first
-        slot.pages = pages
-        if self._regrant:
-            self._grant_again(slot, readonly=op == Op.WRITE)
-        if data:
-            slot.put(data, first)
-        slot.ragged = bool(first or (first + count) % SECTORS_PER_PAGE)
-        if slot.ragged:
-            last = (first + count - 1) % SECTORS_PER_PAGE
-            slot.patch(pages - 1, 0, last)
-            slot.patch(0, first, last if pages == 1 else SECTORS_PER_PAGE - 1)
-        if pages <= MAX_SEGMENTS:
-            entry = self.layout.request_head.pack(op, pages, 0, slot.ident, sector)
-            self.ring.request(entry + slot.table[: pages * SEGMENT.size])
-        else:
-            used = -(-pages // SEGMENTS_PER_INDIRECT_PAGE)
-            self.ring.request(self.layout.indirect_request(op, slot.ident, sector, pages, slot.table_grefs[:used]))
-        return slot.ident
-
-    def _grant_again(self, slot: _Slot, *, readonly: bool) -> None:
-        for index in range(slot.pages):
-            self.domain.end_grant(slot.grefs[index])
-            slot.grefs[index] = self.domain.grant(slot.gfn + index, domid=self.bus.backend_domid, readonly=readonly)
-        slot.fill()
+        """As Queue.submit_raw."""
+        return self.queues[0].submit_raw(build, op=op)
 
     def push(self) -> None:
-        """Publishes what was submitted; kicks if the backend asked to be."""
-        if self.ring.push():
-            self.kicks += 1
-            self.domain.vm.send(self.port)
+        """As Queue.push."""
+        self.queues[0].push()
 
     def complete(self, timeout: float | None = None) -> list[Completion]:
-        """Pushes, then waits for at least one response. GuestFault after `timeout` seconds, or for a wrong response."""
-        self.push()
-        ring = self.ring
-        if not ring.pending():
-            self._wait(self._timeout if timeout is None else timeout)
-        now = time.perf_counter_ns()
-        return [self._finish(entry, now) for entry in ring.responses(self.ring_size)]
-
-    def _wait(self, timeout: float) -> None:
-        ring = self.ring
-        until = time.perf_counter_ns() + self._spin_ns
-        while time.perf_counter_ns() < until:
-            if ring.pending():
-                return
-        deadline = time.monotonic() + timeout
-        while not ring.arm():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise GuestFault(f"vbd {self.devid}: {len(self._open)} requests have no response after {timeout} s")
-            self.sleeps += 1
-            self.domain.vm.wait(self.port, min(left, _NAP))
-
-    def _finish(self, entry: bytes, now: int) -> Completion:
-        ident, op, status = self.layout.response.unpack_from(entry)
-        slot = self._open.pop(ident, None)
-        if slot is None:
-            raise GuestFault(f"vbd {self.devid}: a response to request {ident}, which is not in flight")
-        if op != slot.op:  # of an indirect request: the inner operation, which Linux' blkfront looks at too
-            raise GuestFault(f"vbd {self.devid}: request {ident} was operation {slot.op}, the response says {op}")
-        for gref in slot.grefs[: slot.pages]:
-            # "g.e. still in use!": a response may only be seen when its pages are the guest's again
-            if self.domain.in_use(gref):
-                raise GuestFault(f"vbd {self.devid}: request {ident} is answered, its grant {gref} still in use")
-        self.responses += 1
-        good = slot.op == Op.READ and status == Status.OKAY and self._copy
-        data = slot.get() if good and slot.pages else b""
-        if slot.ragged:
-            slot.fill()
-            slot.ragged = False
-        self._idle.append(slot)
-        return Completion(ident, slot.op, slot.sector, slot.count, status, data, now - slot.begun)
-
-    # ---- one after the other
-
-    def _one(self, ident: int, what: str) -> Completion:
-        (done,) = self._until({ident})
-        if done.status != Status.OKAY:
-            raise OSError(5, f"vbd {self.devid}: {what}: status {done.status}")
-        return done
-
-    def _until(self, idents: set[int]) -> list[Completion]:
-        found = []
-        while idents:
-            for done in self.complete():
-                idents.remove(done.ident)
-                found.append(done)
-        return found
+        """As Queue.complete."""
+        return self.queues[0].complete(timeout)
 
     def read(self, sector: int, count: int) -> bytes:
-        """`count` sectors from `sector`, any number; in as many requests as that takes. OSError for an error status."""
-        return b"".join(
-            self._one(self.submit_read(at, min(self.most_sectors, sector + count - at)), f"read at sector {at}").data
-            for at in range(sector, sector + count, self.most_sectors)
-        )
+        """As Queue.read."""
+        return self.queues[0].read(sector, count)
 
     def write(self, sector: int, data: bytes | memoryview) -> None:
-        """Writes whole sectors at `sector`. OSError for an error status."""
-        step = self.most_sectors * SECTOR_SIZE
-        for at in range(0, len(data), step):
-            where = sector + at // SECTOR_SIZE
-            self._one(self.submit_write(where, data[at : at + step]), f"write at sector {where}")
+        """As Queue.write."""
+        self.queues[0].write(sector, data)
 
     def flush(self) -> None:
-        """Waits until everything that was written is on the disk. OSError for an error status."""
-        self._one(self.submit_flush(), "flush")
+        """As Queue.flush."""
+        self.queues[0].flush()

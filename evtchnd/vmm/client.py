@@ -5,6 +5,7 @@
     client.memory([MemorySlot(0, gfn=0, pages=65536, fd=ram, offset=0)])
     client.grant_frames([GrantFrame(0, fd=ram, offset=0x10000000)])
     client.xenstore(port=1, fd=ram, offset=0x10004000)
+    client.console(port=2, gfn=0xfeffa)  # where client.features has CONSOLE
     client.start()                       # returns when the domain is served
     ...
     client.release(); client.close()
@@ -111,7 +112,7 @@ class Client:
         on_unbind: OnUnbind,
         on_lost: Callable[[], None] | None = None,
         timeout: float = 10.0,
-        features: int = p.Feature.RESUME | p.Feature.DISK,
+        features: int = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE,
         thread: bool = True,
     ) -> None:
         self._on_bind, self._on_unbind, self._on_lost = on_bind, on_unbind, on_lost
@@ -212,6 +213,13 @@ class Client:
     def xenstore(self, port: int, fd: int, offset: int) -> None:
         """The guest's XenStore page, `offset` bytes into the memfd, and its event port."""
         self.call(p.XenStore(port, offset), [fd])
+
+    def console(self, port: int, gfn: int) -> None:
+        """The guest's primary console: guest frame `gfn`, which is in a memory slot, and its event port.
+
+        Only where `features` has CONSOLE; an older daemon refuses it.
+        """
+        self.call(p.Console(port, gfn))
 
     def start(self, timeout: float | None = None) -> None:
         """Returns when the domain is served. The daemon binds ports meanwhile."""

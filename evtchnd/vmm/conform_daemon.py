@@ -25,6 +25,8 @@ GRANT_OFFSET = PAGES * PAGE_SIZE
 STORE_OFFSET = GRANT_OFFSET + PAGE_SIZE
 FILE_PAGES = PAGES + 2
 STORE_PORT = 1
+CONSOLE_PORT = 2
+CONSOLE_GFN = PAGES - 1
 U32 = struct.Struct("<I")
 
 
@@ -71,7 +73,7 @@ class Guest:
 
     # the way of a domain, step by step
 
-    def hello(self, features: int = p.Feature.RESUME | p.Feature.DISK) -> p.HelloReply:
+    def hello(self, features: int = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE) -> p.HelloReply:
         reply = self.line.well(p.Hello(p.VERSION, features))
         if not isinstance(reply, p.HelloReply):
             raise CaseFailed("the reply to HELLO is empty")
@@ -296,6 +298,32 @@ class Suite:
             guest.line.refused(p.Disk(51728, 0, "xvdb"), [guest.notifies[STORE_PORT]])
             guest.line.refused(p.DiskRemove(51728))
             guest.line.well(p.DiskRemove(51712))
+            guest.release()
+
+    def console_port_is_bound_and_ring_emptied(self) -> None:
+        with self.guest() as guest:
+            if not guest.hello().features & p.Feature.CONSOLE:
+                raise Skipped("the daemon has no feature CONSOLE")
+            guest.line.well(p.Register(guest.domid, p.RegisterFlag.LONG_MODE, 1))
+            guest.memory().xenstore()
+            guest.line.refused(raw(p.Type.CONSOLE, struct.pack("<IIQ", 0, 0, CONSOLE_GFN)))
+            guest.line.refused(raw(p.Type.CONSOLE, struct.pack("<IIQ", CONSOLE_PORT, 1, CONSOLE_GFN)))
+            guest.line.refused(raw(p.Type.CONSOLE, struct.pack("<IIQ", CONSOLE_PORT, 0, 1 << 40)))
+            guest.line.well(p.Console(CONSOLE_PORT, PAGES))
+            guest.line.refused(p.Start())  # no slot has that frame
+            guest.line.well(p.Console(CONSOLE_PORT, CONSOLE_GFN))
+            guest.start()
+            require(CONSOLE_PORT in guest.kicks, f"port {CONSOLE_PORT} (console) is not bound when START is answered")
+            guest.line.refused(p.Console(CONSOLE_PORT, CONSOLE_GFN), errnos=[errno.EPROTO])
+            # out_prod (3084) of struct xencons_interface moves by a boot's first line; out_cons (3080) has to follow
+            page = CONSOLE_GFN * PAGE_SIZE
+            os.pwrite(guest.ram, b"Linux version", page + 1024)
+            os.pwrite(guest.ram, U32.pack(13), page + 3084)
+            os.eventfd_write(guest.kicks[CONSOLE_PORT], 1)
+            until = time.monotonic() + self.timeout
+            while U32.unpack(os.pread(guest.ram, 4, page + 3080))[0] != 13:
+                require(time.monotonic() < until, "what the guest writes to its console is not taken")
+                time.sleep(0.01)
             guest.release()
 
     def resume_after_a_restart(self) -> None:

@@ -36,6 +36,8 @@ class Suite:
         self.state = p.State.NEW
         self.domid = 0
         self.store_port = 0
+        self.console: p.Console | None = None
+        self.slots: list[p.MemoryEntry] = []
         self.assembly = transport.TableAssembly()
         self.have: set[p.Kind] = set()
         self.start_id = -1
@@ -56,7 +58,7 @@ class Suite:
     def _answer(self, message: p.Message, fds: list[int]) -> p.Body:
         if isinstance(message, p.Hello):
             require(message.version == p.VERSION, f"HELLO with version {message.version}, {p.VERSION} is due")
-            return p.HelloReply(features=message.features & (p.Feature.RESUME | p.Feature.DISK))
+            return p.HelloReply(features=message.features & (p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE))
         if isinstance(message, p.Register):
             self.domid = message.domid
         elif isinstance(message, p.TableBegin):
@@ -67,12 +69,18 @@ class Suite:
         elif isinstance(message, p.TableCommit):
             entries, fds = self.assembly.commit(message)
             self._look_at(entries, fds)
+            if message.kind == p.Kind.MEMORY:
+                self.slots = []
+            self.slots += [entry for entry in entries if isinstance(entry, p.MemoryEntry)]
             self.have.add(p.Kind(message.kind))
         elif isinstance(message, p.MemoryEntry | p.GrantEntry):
             self._look_at([message], fds)
+            self.slots += [message] if isinstance(message, p.MemoryEntry) else []
         elif isinstance(message, p.XenStore):
             self.store_port = message.port
             _check_memory(fds[0], message.offset, 4096, "XenStore page")
+        elif isinstance(message, p.Console):
+            self.console = message
         transport.close_all(fds)
         return p.Ack(message.type)
 
@@ -137,6 +145,15 @@ class Suite:
         """The daemon binds the XenStore port before it answers START."""
         transport.close_all(self.bind(self.store_port))
         self.line.send(p.pack(p.Ack(p.Type.START), id=self.start_id))
+
+    def binds_the_console(self) -> None:
+        if self.console is None:
+            raise Skipped("the VMM has sent no CONSOLE")
+        port, gfn = self.console.port, self.console.gfn
+        require(port != self.store_port, f"XENSTORE and CONSOLE name the same port {port}")
+        known = any(slot.gfn <= gfn < slot.gfn + slot.pages for slot in self.slots)
+        require(known, f"CONSOLE names guest frame {gfn:#x}, which is in no memory slot")
+        transport.close_all(self.bind(port))
 
     def answers_pings(self) -> None:
         for _ in range(3):

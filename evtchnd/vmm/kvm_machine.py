@@ -1,6 +1,6 @@
 """A virtual machine of KVM: memory slots, virtual CPUs and why they stop running.
 
-Enough of KVM to run a small guest: interrupt controllers in the kernel, no device. A vCPU belongs to the thread that
+Enough of KVM to run a guest: interrupt controllers in the kernel, no device. A vCPU belongs to the thread that
 runs it; `Vcpu.kick` takes it out of the guest from another thread.
 """
 
@@ -31,26 +31,33 @@ _SET_USER_MEMORY_REGION = iow(0x46, 32)
 _SET_TSS_ADDR = io(0x47)
 _CREATE_IRQCHIP = io(0x60)
 _RUN = io(0x80)
+_GET_REGS = ior(0x81, 144)
 _SET_REGS = iow(0x82, 144)
 _GET_SREGS = ior(0x83, 312)
 _SET_SREGS = iow(0x84, 312)
 _SET_SIGNAL_MASK = iow(0x8B, 4)
+_TRANSLATE = iowr(0x85, 24)
 _SET_CPUID2 = iow(0x90, 8)
+_GET_MP_STATE = ior(0x98, 4)
 _SET_MP_STATE = iow(0x99, 4)
+_ENABLE_CAP = iow(0xA3, 104)
 
 _TSS_ADDRESS = 0xFFFBD000  # three pages that Intel's virtual real mode needs: below 4 GiB, no RAM there
 _MAX_CPUID = 256
+_CAP_SPLIT_IRQCHIP, _IOAPIC_PINS = 121, 24
+_UNINITIALIZED, _INIT_RECEIVED = 1, 2  # KVM_MP_STATE_*: not started yet
 # Blocked in a vCPU's thread and let in only by KVM_RUN: it ends the run and is never delivered.
 _KICK = signal.SIGRTMIN + 5
 _KICK_AGAIN_S = 0.5
 
 EXIT_IO = 2
+EXIT_MMIO = 6
 EXIT_XEN = 34
 EXIT_NAMES = {
     0: "unknown",
     EXIT_IO: "io",
     5: "hlt",
-    6: "mmio",
+    EXIT_MMIO: "mmio",
     7: "irq window",
     8: "shutdown",
     9: "entry failed",
@@ -63,6 +70,8 @@ EXIT_NAMES = {
 # struct kvm_run: u8 request_interrupt_window, immediate_exit @1, u32 exit_reason @8, the exit's union @32
 _IMMEDIATE_EXIT, _EXIT_REASON, _UNION = 1, 8, 32
 _IO = struct.Struct("<BBHIQ")  # direction (1: out), size, port, count, offset of the data in kvm_run
+_MMIO = struct.Struct("<Q8sIB")  # address, data, size, is_write
+_MMIO_DATA = _UNION + 8
 _XEN = struct.Struct("<I4xII Q Q 6Q")  # type (1: hypercall), pad; longmode, cpl, input, result, params
 _XEN_RESULT = _UNION + 24
 
@@ -77,6 +86,17 @@ class Io:
     """A guest's access to an I/O port. `value`: what it wrote; `read`: it waits for a value instead."""
 
     port: int
+    size: int
+    value: int
+    read: bool
+    count: int = 1  # of a string instruction; `value` is the first
+
+
+@dataclass(frozen=True, slots=True)
+class Mmio:
+    """A guest's access to an address that is no memory."""
+
+    address: int
     size: int
     value: int
     read: bool
@@ -99,13 +119,13 @@ class Stop:
     reason: str
 
 
-Exit = Io | Hypercall | Stop
+Exit = Io | Mmio | Hypercall | Stop
 
 
 class Vcpu:
     """One virtual CPU. `exits` counts why it left the guest, since it was made."""
 
-    def __init__(self, machine: Machine, number: int) -> None:
+    def __init__(self, machine: Machine, number: int, cpuid: bytes) -> None:
         self.number = number
         self.fd = ioctl(machine.fd, _CREATE_VCPU, number, "KVM_CREATE_VCPU")
         self.xen = XenVcpu(self.fd, machine.has, self.outside)
@@ -115,7 +135,7 @@ class Vcpu:
         self._inside = False
         self._wanted = 0  # threads that want it to be outside
         try:
-            ioctl(self.fd, _SET_CPUID2, machine.cpuid, "KVM_SET_CPUID2")
+            ioctl(self.fd, _SET_CPUID2, cpuid, "KVM_SET_CPUID2")
             self._run = mmap.mmap(self.fd, machine.run_size)
         except BaseException:
             os.close(self.fd)
@@ -146,6 +166,24 @@ class Vcpu:
         ioctl(self.fd, _SET_REGS, struct.pack("<18Q", *regs), "KVM_SET_REGS")
         ioctl(self.fd, _SET_MP_STATE, struct.pack("<I", 0), "KVM_SET_MP_STATE")
 
+    def start_pvh(self, entry: int, start_info: int) -> None:
+        """Registers of a PVH guest's first vCPU: 32-bit protected mode, no paging, rbx = hvm_start_info.
+
+        Source: docs/misc/pvh.pandoc. The others wait for INIT and SIPI, as KVM makes them.
+        """
+        sregs = bytearray(312)
+        ioctl(self.fd, _GET_SREGS, sregs, "KVM_GET_SREGS")
+        code = _SEGMENT.pack(0, 0xFFFFFFFF, 0x08, 11, 1, 0, 1, 1, 0, 1, 0)
+        data = _SEGMENT.pack(0, 0xFFFFFFFF, 0x10, 3, 1, 0, 1, 1, 0, 1, 0)
+        sregs[0:_SREGS_TR] = code + data * 5
+        sregs[_SREGS_TR : _SREGS_TR + 24] = _SEGMENT.pack(0, 0x67, 0x18, 11, 1, 0, 0, 0, 0, 0, 0)
+        struct.pack_into("<Q", sregs, _SREGS_CR0, _CR0_PE | _CR0_ET)
+        struct.pack_into("<QQ", sregs, _SREGS_CR3, 0, 0)
+        struct.pack_into("<Q", sregs, _SREGS_EFER, 0)
+        ioctl(self.fd, _SET_SREGS, bytes(sregs), "KVM_SET_SREGS")
+        regs = [0, start_info, *[0] * 14, entry, 2]  # rax rbx ... r15 rip rflags
+        ioctl(self.fd, _SET_REGS, struct.pack("<18Q", *regs), "KVM_SET_REGS")
+
     def enter(self) -> None:
         """To be called in the thread that will run it."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {_KICK})
@@ -174,8 +212,11 @@ class Vcpu:
         name = EXIT_NAMES.get(reason, str(reason))
         self.exits[name] += 1
         if reason == EXIT_IO:
-            direction, size, port, _, offset = _IO.unpack_from(self._run, _UNION)
-            return Io(port, size, int.from_bytes(self._run[offset : offset + size], "little"), direction == 0)
+            direction, size, port, count, offset = _IO.unpack_from(self._run, _UNION)
+            return Io(port, size, int.from_bytes(self._run[offset : offset + size], "little"), direction == 0, count)
+        if reason == EXIT_MMIO:
+            address, data, size, write = _MMIO.unpack_from(self._run, _UNION)
+            return Mmio(address, size, int.from_bytes(data[:size], "little"), not write)
         if reason == EXIT_XEN:
             _, long_mode, cpl, number, _, *params = _XEN.unpack_from(self._run, _UNION)
             return Hypercall(number, tuple(params), bool(long_mode), cpl)
@@ -184,6 +225,36 @@ class Vcpu:
     def answer(self, result: int) -> None:
         """The result of the hypercall that the last run ended with (negative: an error number)."""
         self._run[_XEN_RESULT : _XEN_RESULT + 8] = (result & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little")
+
+    def answer_read(self, access: Io | Mmio, byte: int) -> None:
+        """The value of the read that the last run ended with: `byte` in all of its bytes."""
+        if isinstance(access, Mmio):
+            self._run[_MMIO_DATA : _MMIO_DATA + 8] = bytes((byte,)) * 8
+            return
+        *_, count, offset = _IO.unpack_from(self._run, _UNION)
+        size = access.size * count
+        self._run[offset : offset + size] = bytes((byte,)) * size
+
+    def translate(self, address: int) -> int | None:
+        """The physical address of a virtual one, None where nothing is mapped. In the vCPU's own thread."""
+        data = bytearray(struct.pack("<Q16x", address & 0xFFFFFFFFFFFFFFFF))
+        ioctl(self.fd, _TRANSLATE, data, "KVM_TRANSLATE")
+        physical, valid = struct.unpack_from("<QB", data, 8)
+        return int(physical) if valid else None
+
+    def registers(self) -> str:
+        """For a message about a guest that has died. In the vCPU's own thread, or when that has ended."""
+        regs = bytearray(144)
+        ioctl(self.fd, _GET_REGS, regs, "KVM_GET_REGS")
+        rax, *_, rsp, _, _, _, _, _, _, _, _, _, rip, rflags = struct.unpack("<18Q", regs)
+        return f"rip {rip:#x}, rsp {rsp:#x}, rax {rax:#x}, rflags {rflags:#x}"
+
+    def is_up(self) -> bool:
+        """Whether it has been started: by the VMM, or by INIT and SIPI."""
+        state = bytearray(4)
+        with self.outside():
+            ioctl(self.fd, _GET_MP_STATE, state, "KVM_GET_MP_STATE")
+        return state[0] not in (_UNINITIALIZED, _INIT_RECEIVED)
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
@@ -212,9 +283,12 @@ class Vcpu:
 
 
 class Machine:
-    """A VM with its interrupt controllers. `xen` has the Xen calls; `has` is empty where this KVM has none."""
+    """A VM with its interrupt controllers. `xen` has the Xen calls; `has` is empty where this KVM has none.
 
-    def __init__(self, device: str = "/dev/kvm") -> None:
+    `split`: only the local APICs are in the kernel; there is no IOAPIC, no PIC.
+    """
+
+    def __init__(self, device: str = "/dev/kvm", *, split: bool = False) -> None:
         try:
             kvm = os.open(device, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -230,7 +304,11 @@ class Machine:
             self.fd = ioctl(kvm, _CREATE_VM, 0, "KVM_CREATE_VM")
             with contextlib.suppress(KvmError):  # AMD needs none
                 ioctl(self.fd, _SET_TSS_ADDR, _TSS_ADDRESS, "KVM_SET_TSS_ADDR")
-            ioctl(self.fd, _CREATE_IRQCHIP, 0, "KVM_CREATE_IRQCHIP")
+            if split:
+                enable = struct.pack("<IIQ", _CAP_SPLIT_IRQCHIP, 0, _IOAPIC_PINS).ljust(104, b"\0")
+                ioctl(self.fd, _ENABLE_CAP, enable, "KVM_ENABLE_CAP")
+            else:
+                ioctl(self.fd, _CREATE_IRQCHIP, 0, "KVM_CREATE_IRQCHIP")
             self.xen = XenVm(self.fd, self.has)
         except BaseException:
             self.close()
@@ -243,9 +321,9 @@ class Machine:
         region = struct.pack("<IIQQQ", slot, 0, gpa, size, address)
         ioctl(self.fd, _SET_USER_MEMORY_REGION, region, "KVM_SET_USER_MEMORY_REGION")
 
-    def add_vcpu(self, number: int) -> Vcpu:
-        """`number` is KVM's id, and the local APIC's."""
-        vcpu = Vcpu(self, number)
+    def add_vcpu(self, number: int, cpuid: bytes = b"") -> Vcpu:
+        """`number` is KVM's id, and the local APIC's; `cpuid` a struct kvm_cpuid2, else all that KVM has."""
+        vcpu = Vcpu(self, number, cpuid or self.cpuid)
         self.vcpus.append(vcpu)
         return vcpu
 

@@ -24,21 +24,20 @@ from typing import TypeVar
 from evtchnd.abi import DOMID_SELF, PAGE_SIZE, SHARED_INFO_VCPUS, VCPU_INFO_SIZE, Evtchnop
 from evtchnd.errors import GuestError, HostError, XenError
 from evtchnd.memory import Region, map_range
-from evtchnd.ports import PortTable
 from evtchnd.vmm import kvm_agent, physdev
+from evtchnd.vmm.channels import Channels, EventKernel
 from evtchnd.vmm.event_bits import EventBits
 from evtchnd.vmm.hypercall import CALLS
 from evtchnd.vmm.kvm_agent import Agent, Command, Mailbox
 from evtchnd.vmm.kvm_irq import signal_msi
 from evtchnd.vmm.kvm_kernel import DoorbellKernel, KvmKernel
-from evtchnd.vmm.kvm_machine import Hypercall, Io, Machine, Stop, Vcpu
+from evtchnd.vmm.kvm_machine import Exit, Hypercall, Io, Machine, Stop, Vcpu
 from evtchnd.vmm.soft import (
     RAM_SLOT,
     SHARED_INFO_GFN,
     SPECIAL_GFN,
     SPECIAL_PAGES,
     SPECIAL_SLOT,
-    EventKernel,
     MiB,
     SoftVmm,
 )
@@ -257,7 +256,7 @@ class KvmVmm(SoftVmm):
         """A write to a device's eventfd raises what the guest has bound to `pirq`, without the VMM; -1: no more."""
         with self._lock:
             self._ports.attach_pirq(pirq, fd)
-            self._apply()
+            self.channels.apply()
 
     def device_msi(self, address: int, data: int) -> None:
         """A device writes a message; one to a pirq (vector 0) raises its port, any other goes to a local APIC."""
@@ -267,11 +266,11 @@ class KvmVmm(SoftVmm):
             return
         with self._lock:
             self._ports.raise_pirq(pirq)
-            self._happen()
+            self.channels.happen()
 
     # ---- exits -------------------------------------------------------------------------------------------------
 
-    def exited(self, runner: _Runner, stop: Io | Hypercall | Stop) -> None:
+    def exited(self, runner: _Runner, stop: Exit) -> None:
         """In the vCPU's thread. HostError for what the agent never does."""
         if isinstance(stop, Hypercall):
             runner.vcpu.answer(self._answer(stop.number, stop.params, stop.cpl, stop.long_mode))
@@ -365,19 +364,13 @@ class KvmVmm(SoftVmm):
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _new_ports(self) -> PortTable:
-        return PortTable(
-            self.domid,
-            vcpus=self.vcpus,
-            long_mode=self.long_mode,
-            timers=self.xen,
-            deliver=lambda delivery: self._effects.append(delivery),
-        )
+    def _new_channels(self) -> Channels:
+        return Channels(self.domid, vcpus=self.vcpus, long_mode=self.long_mode)
 
     def _start_kernel(self, undo: contextlib.ExitStack) -> EventKernel:
         self.machine = machine = Machine()
         undo.callback(machine.close)
-        self.xen = bool(machine.has)
+        self.xen = self._ports.timers = bool(machine.has)
         self._pirqs = physdev.Pirqs()
         ram = map_range(self.ram_fd, 0, self.ram_pages * PAGE_SIZE, "RAM")
         undo.callback(_unmap, ram)

@@ -15,11 +15,12 @@ Whatever was bound by `bind()` and not unbound is unbound by the worker.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evtchnd.channel import Channel
-from evtchnd.errors import EvtchndError, GuestError
+from evtchnd.errors import EvtchndError, GuestError, HostError
 from evtchnd.transport import close_all
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from evtchnd._core.uring import Uring
     from evtchnd.channel import Poller
-    from evtchnd.control.config import Vbd
+    from evtchnd.control.config import Console, Vbd
     from evtchnd.grants import GrantTable
     from evtchnd.memory import GuestMemory
     from evtchnd.xenstore.client import Client
@@ -36,20 +37,14 @@ if TYPE_CHECKING:
 Params = dict[str, Any]
 
 
-class Device:
-    """One device of one domain, as its backend sees it.
+class AnyDevice:
+    """What every backend sees of its device, whatever its kind.
 
-    kind            "vbd"
+    kind            "vbd", "console"
+    key             its number among all of the domain's devices: a vbd's is its devid (see console_key)
     name            "domain 7: vbd 51712": begins every log line and error text of the device
     store           XenStore client, domain 0 confined to the guest's nodes (never `params`)
     backend_path    "/local/domain/0/backend/vbd/7/51712"; frontend_path "/local/domain/7/device/vbd/51712"
-    uring           this device's own io_uring, or None where io_uring is refused or engine = "threads";
-                    its completions raise `completions` (an eventfd that the backend reads: add_reader)
-    completions     eventfd of this device for the disk side's completions (io_uring's, or the threads')
-    disk_fd         the image or block device, opened by the control plane; belongs to the worker, not closed by run()
-    readonly, cdrom, direct   how the disk was attached (direct: opened with O_DIRECT)
-    journal_fd      the in-flight journal's memfd, made by the control plane for the largest ring allowed
-    options         the `vbd` table of the configuration (control/config.py: Vbd)
     connected       params of the live ring if an earlier worker was connected: attach to it, replay, no handshake
     stats           set by the backend: plain integers by name, read by `info`
     """
@@ -65,14 +60,6 @@ class Device:
         grants: GrantTable,
         poller: Poller,
         loop: asyncio.AbstractEventLoop,
-        uring: Uring | None,
-        completions: int,
-        disk_fd: int,
-        readonly: bool,
-        cdrom: bool,
-        direct: bool,
-        journal_fd: int,
-        options: Vbd,
         connected: Params | None,
         bind: Callable[[Sequence[int]], Awaitable[list[tuple[int, int]]]],
         unbind: Callable[[Sequence[int]], None],
@@ -80,6 +67,7 @@ class Device:
     ) -> None:
         self.domid = domid
         self.devid = devid
+        self.key = devid
         self.kind = kind
         self.name = f"domain {domid}: {kind} {devid}"
         self.backend_path = f"/local/domain/0/backend/{kind}/{domid}/{devid}"
@@ -89,14 +77,6 @@ class Device:
         self.grants = grants
         self.poller = poller
         self.loop = loop
-        self.uring = uring
-        self.completions = completions
-        self.disk_fd = disk_fd
-        self.readonly = readonly
-        self.cdrom = cdrom
-        self.direct = direct
-        self.journal_fd = journal_fd
-        self.options = options
         self.connected = connected
         self.stats: Callable[[], Mapping[str, int]] = dict
         self._bind = bind
@@ -147,3 +127,86 @@ class Device:
     def left_over(self) -> list[Channel]:
         """Channels that are bound still: what the worker unbinds when `run()` has ended."""
         return list(self._channels)
+
+
+class Device(AnyDevice):
+    """A disk.
+
+    uring           this device's own io_uring, or None where io_uring is refused or engine = "threads";
+                    its completions raise `completions` (an eventfd that the backend reads: add_reader)
+    completions     eventfd of this device for the disk side's completions (io_uring's, or the threads')
+    disk_fd         the image or block device, opened by the control plane; belongs to the worker, not closed by run()
+    readonly, cdrom, direct   how the disk was attached (direct: opened with O_DIRECT)
+    sectors, sector_size   the disk's size in 512-byte units, its sectors in bytes; 0: as the disk says
+    journal_fd      the in-flight journals' memfd, made by the control plane for the most and largest rings allowed
+    options         the `vbd` table of the configuration (control/config.py: Vbd)
+    resize          set by the backend: the disk has so many sectors of 512 bytes now; HostError: it has not
+    """
+
+    def __init__(
+        self,
+        *,
+        uring: Uring | None,
+        completions: int,
+        disk_fd: int,
+        readonly: bool,
+        cdrom: bool,
+        direct: bool,
+        journal_fd: int,
+        options: Vbd,
+        sectors: int = 0,
+        sector_size: int = 0,
+        **shared: Any,
+    ) -> None:
+        """`shared`: what AnyDevice takes."""
+        super().__init__(**shared)
+        self.uring = uring
+        self.completions = completions
+        self.disk_fd = disk_fd
+        self.readonly = readonly
+        self.cdrom = cdrom
+        self.direct = direct
+        self.journal_fd = journal_fd
+        self.options = options
+        self.sectors = sectors
+        self.sector_size = sector_size
+        self.resize: Callable[[int], Awaitable[None]] = self._resize
+
+    async def _resize(self, sectors: int) -> None:
+        """Before the backend has begun: it begins with that."""
+        self.sectors = sectors
+
+
+def console_key(devid: int) -> int:
+    """A console's number among the domain's devices: -16, -17, ... Its devid may be another kind's, too."""
+    return -16 - devid
+
+
+class ConsoleDevice(AnyDevice):
+    """A console. Its descriptors belong to the worker and are not closed by run(); -1: there is none.
+
+    page            (port, guest frame) of the primary console, which has no handshake; None: found by xenbus
+    pty             the master of its terminal, whose slave the control plane holds open
+    log, old_log    its log file, and the one that a full log is copied to
+    options         the `console` table of the configuration
+    accept          set by the backend: gets a client's stream socket (a descriptor, the backend's from then on) and
+                    what to greet it with; HostError: it has no place for it, and has closed it
+    """
+
+    def __init__(
+        self, *, page: tuple[int, int] | None, pty: int, log: int, old_log: int, options: Console, **shared: Any
+    ) -> None:
+        """`shared`: what AnyDevice takes."""
+        super().__init__(**shared)
+        self.key = console_key(self.devid)
+        self.page = page
+        self.pty = pty
+        self.log = log
+        self.old_log = old_log
+        self.options = options
+        self.accept: Callable[[int, bytes], None] = self.refuse
+
+    def refuse(self, fd: int, _: bytes) -> None:
+        """`accept` while nobody serves."""
+        os.close(fd)
+        raise HostError(f"{self.name}: not served now")

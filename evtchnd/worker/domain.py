@@ -22,13 +22,13 @@ from evtchnd.grants import GrantTable
 from evtchnd.memory import GuestMemory
 from evtchnd.transport import close_all
 from evtchnd.worker import messages as m
-from evtchnd.worker.device import Device
+from evtchnd.worker.device import AnyDevice, ConsoleDevice, Device
 from evtchnd.worker.link import Link
 from evtchnd.xenstore.client import Client
 
 log = logging.getLogger(__name__)
 
-Backend = Callable[[Device], Coroutine[Any, Any, None]]
+Backend = Callable[[Any], Coroutine[Any, Any, None]]  # gets the device of its kind (device.py)
 
 # Messages that may wait for the control plane: it never waits for a worker, so more than this means it has stopped.
 _MOST_WAITING = 1024
@@ -93,10 +93,14 @@ class Worker:
             case m.Setup():
                 self._domain = _Domain(message, socket.socket(fileno=fds[0]), self._loop)
                 self._send(m.Done(message.id))
-            case m.Attach():
+            case m.Attach() | m.AttachConsole():
                 self._spawn(self._attach(message, fds), message.id)
+            case m.Client():
+                self._answer(message.id, lambda: self._client(message, fds), fds)
             case m.Detach():
                 self._spawn(self._detach(message), message.id)
+            case m.Resize():
+                self._spawn(self._resize(message), message.id)
             case m.Count():
                 self._send(m.Counted(message.id, self._counters()))
             case _:
@@ -150,35 +154,84 @@ class Worker:
         for frame in change.frames:
             domain.grants.add_frame(frame.index, fds[frame.fd], frame.offset)
 
+    def _client(self, client: m.Client, fds: list[int]) -> None:
+        running = self._devices.get(client.devid)
+        if running is None or not isinstance(running.device, ConsoleDevice):
+            raise VmmError("the console is not served now", errno.ENODEV)
+        running.device.accept(fds.pop(), client.greeting)
+
     def _counters(self) -> dict[int, dict[str, int]]:
-        counters = {running.device.devid: dict(running.device.stats()) for running in self._devices.values()}
+        counters = {running.device.key: dict(running.device.stats()) for running in self._devices.values()}
         if self._domain is not None:
             counters[0] = {"pinned": self._domain.grants.pinned, "slots": len(self._domain.memory.slots)}
         return counters
 
     # -- devices
 
-    async def _attach(self, attach: m.Attach, fds: list[int]) -> None:
+    async def _attach(self, attach: m.Attach | m.AttachConsole, fds: list[int]) -> None:
         devid = attach.devid
+        kind = attach.kind if isinstance(attach, m.Attach) else "console"
         try:
             domain = self._ready()
-            backend = self._backends.get(attach.kind)
+            backend = self._backends.get(kind)
             if backend is None:
-                raise HostError(f"domain {domain.domid}: no backend for {attach.kind}")
+                raise HostError(f"domain {domain.domid}: no backend for {kind}")
             if devid in self._devices or devid in self._attaching:
-                raise HostError(f"domain {domain.domid}: {attach.kind} {devid} is there already")
+                raise HostError(f"domain {domain.domid}: {kind} {devid} is there already")
         except BaseException:
             close_all(fds)
             raise
         done = self._attaching[devid] = self._loop.create_future()
         try:
-            await self._begin(domain, attach, backend, fds)
+            if isinstance(attach, m.Attach):
+                await self._begin(domain, attach, backend, fds)
+            else:
+                await self._begin_console(domain, attach, backend, fds)
         finally:
             del self._attaching[devid]
             done.set_result(None)
 
+    def _shared(self, domain: _Domain, store: Client, key: int, connected: dict[str, Any] | None) -> dict[str, Any]:
+        """What a device of any kind gets."""
+        return {
+            "domid": domain.domid,
+            "store": store,
+            "memory": domain.memory,
+            "grants": domain.grants,
+            "poller": domain.poller,
+            "loop": self._loop,
+            "connected": connected,
+            "bind": lambda ports: self._bind(key, ports),
+            "unbind": lambda ports: self._send(m.Unbind(key, list(ports))),
+            "report": lambda params: self._send(m.Connected(key, params)),
+        }
+
+    def _run(self, device: AnyDevice, backend: Backend, fds: list[int], drain_s: float) -> None:
+        running = _Running(device, backend(device), fds, drain_s)
+        self._devices[device.key] = running
+        running.task.add_done_callback(lambda _: self._ended(running))
+
+    async def _begin_console(self, domain: _Domain, attach: m.AttachConsole, backend: Backend, fds: list[int]) -> None:
+        """Starts a console's backend. Takes its descriptors."""
+        try:
+            rest = iter(fds)
+            device = ConsoleDevice(
+                devid=attach.number,
+                kind="console",
+                page=attach.page,
+                pty=next(rest) if attach.pty else -1,
+                log=next(rest) if attach.logs else -1,
+                old_log=next(rest) if attach.logs else -1,
+                options=domain.setup.console,
+                **self._shared(domain, await domain.store, attach.devid, attach.connected),
+            )
+        except BaseException:
+            close_all(fds)
+            raise
+        self._run(device, backend, fds, domain.setup.drain_s)
+
     async def _begin(self, domain: _Domain, attach: m.Attach, backend: Backend, fds: list[int]) -> None:
-        """Starts a device's backend. Takes its descriptors."""
+        """Starts a disk's backend. Takes its descriptors."""
         uring = None
         try:
             disk_fd, journal_fd = fds
@@ -188,14 +241,8 @@ class Worker:
             if domain.setup.vbd.engine != "threads":
                 uring = await self._uring(domain, attach.devid, completions)
             device = Device(
-                domid=domain.domid,
                 devid=attach.devid,
                 kind=attach.kind,
-                store=store,
-                memory=domain.memory,
-                grants=domain.grants,
-                poller=domain.poller,
-                loop=self._loop,
                 uring=uring,
                 completions=completions,
                 disk_fd=disk_fd,
@@ -204,19 +251,16 @@ class Worker:
                 direct=attach.direct,
                 journal_fd=journal_fd,
                 options=domain.setup.vbd,
-                connected=attach.connected,
-                bind=lambda ports: self._bind(attach.devid, ports),
-                unbind=lambda ports: self._send(m.Unbind(attach.devid, list(ports))),
-                report=lambda params: self._send(m.Connected(attach.devid, params)),
+                **self._shared(domain, store, attach.devid, attach.connected),
+                sectors=attach.sectors,
+                sector_size=attach.sector_size,
             )
         except BaseException:
             if uring is not None:
                 uring.close()
             close_all(fds)
             raise
-        running = _Running(device, backend(device), fds, domain.setup.drain_s)
-        self._devices[attach.devid] = running
-        running.task.add_done_callback(lambda _: self._ended(running))
+        self._run(device, backend, fds, domain.setup.drain_s)
 
     async def _uring(self, domain: _Domain, devid: int, completions: int) -> Uring | None:
         """A device's io_uring, of which the control plane has a copy before the first request goes into it.
@@ -254,18 +298,27 @@ class Worker:
         if running is not None:
             await running.end()
 
+    async def _resize(self, resize: m.Resize) -> None:
+        attaching = self._attaching.get(resize.devid)
+        if attaching is not None:
+            await asyncio.wait([attaching])
+        running = self._devices.get(resize.devid)
+        # else it is off; the next one that serves it gets the size with its Attach
+        if running is not None and isinstance(running.device, Device):
+            await running.device.resize(resize.sectors)
+
     def _ended(self, running: _Running) -> None:
         """The backend's coroutine is over, whoever ended it."""
         device = running.device
-        if self._devices.get(device.devid) is running:
-            del self._devices[device.devid]
+        if self._devices.get(device.key) is running:
+            del self._devices[device.key]
         for channel in device.left_over():
             device.release(channel)
-        if device.uring is not None:
+        if isinstance(device, Device) and device.uring is not None:
             device.uring.close()
         close_all(running.fds)
         if not running.task.cancelled():
-            self._send(m.Ended(device.devid, _reason(device, running.task.exception())))
+            self._send(m.Ended(device.key, _reason(device, running.task.exception())))
 
     async def _bind(self, devid: int, ports: Sequence[int]) -> list[tuple[int, int]]:
         id = next(self._ids)
@@ -291,7 +344,7 @@ class Worker:
             future.set_result(fds)
 
 
-def _reason(device: Device, error: BaseException | None) -> str:
+def _reason(device: AnyDevice, error: BaseException | None) -> str:
     """Logs how a backend ended; what the control plane shows of it."""
     if error is None:
         log.info("%s: closed", device.name)
@@ -330,7 +383,7 @@ class _Domain:
 class _Running:
     """A device whose backend runs."""
 
-    def __init__(self, device: Device, run: Coroutine[Any, Any, None], fds: list[int], drain_s: float) -> None:
+    def __init__(self, device: AnyDevice, run: Coroutine[Any, Any, None], fds: list[int], drain_s: float) -> None:
         self.device = device
         self.fds = fds
         self.task = device.loop.create_task(run, name=device.name)

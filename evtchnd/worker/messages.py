@@ -5,7 +5,10 @@
 | Setup         | XenStore socket                | Done                                    |
 | Memory        | one for each `fds` index       | Done (errno, reason: nothing changed)   |
 | Attach        | disk, journal                  | Done, after a Keep where it has io_uring |
+| AttachConsole | pty, log, old log (-1: left out) | Done                                  |
+| Client        | a client's socket              | Done                                    |
 | Detach        |                                | Done, when the backend has ended        |
+| Resize        |                                | Done, when the guest has been told      |
 | Bound         | kick, notify of each port      |                                         |
 | Count         |                                | Counted                                 |
 
@@ -17,6 +20,7 @@
 | Keep                 |             | Done, when the control plane has its copy                |
 | Ended                |             | (reason "" : closed in order; else off, for that reason) |
 
+A `devid` here is the device's key: a disk's number, or `console_key` of a console's (device.py).
 `id` is the asker's; an answer repeats it. The end of file is the worker's order to end, and the control plane's sign
 that it has.
 """
@@ -27,7 +31,7 @@ from typing import Any
 
 import msgspec
 
-from evtchnd.control.config import Poll, Vbd
+from evtchnd.control.config import Console, Poll, Vbd
 from evtchnd.errors import HostError
 
 
@@ -43,6 +47,7 @@ class Setup(Message):
     poll: Poll
     vbd: Vbd
     drain_s: float
+    console: Console = msgspec.field(default_factory=Console)
 
 
 class Slot(msgspec.Struct, array_like=True):
@@ -83,6 +88,28 @@ class Attach(Message):
     cdrom: bool
     direct: bool
     connected: dict[str, Any] | None
+    sectors: int = 0
+    sector_size: int = 0
+
+
+class AttachConsole(Message):
+    """A console. `page`: port and guest frame of the primary one; `pty`, `logs`: whether their descriptors came."""
+
+    id: int
+    devid: int
+    number: int
+    page: tuple[int, int] | None
+    pty: bool
+    logs: bool
+    connected: dict[str, Any] | None
+
+
+class Client(Message):
+    """Somebody who reads a console and types at it: a stream socket, and what is sent to it first."""
+
+    id: int
+    devid: int
+    greeting: bytes
 
 
 class Detach(Message):
@@ -90,6 +117,14 @@ class Detach(Message):
 
     id: int
     devid: int
+
+
+class Resize(Message):
+    """A disk has so many sectors of 512 bytes now."""
+
+    id: int
+    devid: int
+    sectors: int
 
 
 class Bind(Message):
@@ -159,7 +194,22 @@ class Done(Message):
 
 
 AnyMessage = (
-    Setup | Memory | Attach | Detach | Bind | Bound | Unbind | Connected | Keep | Ended | Count | Counted | Done
+    Setup
+    | Memory
+    | Attach
+    | AttachConsole
+    | Client
+    | Detach
+    | Resize
+    | Bind
+    | Bound
+    | Unbind
+    | Connected
+    | Keep
+    | Ended
+    | Count
+    | Counted
+    | Done
 )
 
 _encoder = msgspec.msgpack.Encoder()

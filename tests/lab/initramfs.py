@@ -12,7 +12,7 @@ import os
 import stat
 from pathlib import Path, PurePosixPath
 
-FOLDERS = ("bin", "dev", "mods", "newroot", "proc", "ro", "rw", "sys")
+FOLDERS = ("bin", "dev", "guest", "mods", "newroot", "proc", "ro", "rw", "sys")
 
 
 class Archive:

@@ -107,13 +107,16 @@ class Machine:
         cpus: int = CPUS,
         images: int = IMAGES_BYTES,
         limit: float = 3600.0,
+        terminal: bool = False,
     ) -> None:
+        """`terminal`: the lab has a second serial line, whose other end is a Unix socket, `self.terminal`."""
         self.lab = lab
         self.limit = limit
         self.folder = Path(tempfile.mkdtemp(prefix="evtchnd-lab-"))
         self.out = self.folder / "out"
         self.out.mkdir()
         self.console = self.folder / "console"
+        self.terminal = self.folder / "terminal" if terminal else None
         self._read: dict[str, int] = {}
         self._beat = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -170,6 +173,9 @@ class Machine:
             *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
             *("-virtfs", f"local,path={_escape(self.out)},mount_tag=out,security_model=none,multidevs=remap"),
         )
+        if self.terminal is not None:
+            socket = f"socket,id=terminal,server=on,wait=off,path={_escape(self.terminal)}"
+            command += ["-chardev", socket, "-serial", "chardev:terminal"]
         with (self.folder / "qemu").open("wb") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent

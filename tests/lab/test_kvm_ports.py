@@ -471,11 +471,11 @@ def test_no_send_is_lost_while_the_eventfd_changes(domain: Domain) -> None:
     number = 0x8000  # in RAM: the guest counts its sends there
     binds = 0
     try:
-        domain._on_bind([(port, os.dup(ends[0]))])
+        domain.channels.bind([(port, os.dup(ends[0]))])
         binds += 1
         domain.post(Command.SENDS, port, count, number)
         while not domain.runners[0].mailbox.done:
-            domain._on_bind([(port, os.dup(ends[binds % 2]))])
+            domain.channels.bind([(port, os.dup(ends[binds % 2]))])
             binds += 1
         assert domain.finish() == 0, "every send succeeded"
         assert int.from_bytes(domain.ram.read(number, 8), "little") == count

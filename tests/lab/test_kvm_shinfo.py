@@ -107,7 +107,7 @@ def test_the_vmm_raises_an_event(domain: Domain) -> None:
 def test_a_send_to_an_eventfd_that_is_an_irqfd(domain: Domain) -> None:
     """Port to port by way of an eventfd, all in the kernel."""
     source, target = domain.bound(), domain.bound()
-    domain._on_bind([(source, os.dup(domain.notify_fd(target)))])
+    domain.channels.bind([(source, os.dup(domain.notify_fd(target)))])
     domain.until(lambda: domain.taken(target) == 1)  # a bind kicks once
     assert domain.sends(source, 1) == (0, NONE)
     domain.until(lambda: domain.taken(target) == 2)

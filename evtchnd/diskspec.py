@@ -1,6 +1,10 @@
 """xl's disk strings (xl-disk-configuration(5)) and virtual device names (xen-vbd-interface(7)).
 
 `format=raw,vdev=xvda,access=rw,target=disk.img`; positional `disk.img,raw,xvda,rw`; the old `file:disk.img,xvda,w`.
+
+Two keys are evtchnd's own, xl does not know them:
+    sector-size=512|4096         the guest's sectors; without it a device's own, and 512 of a file
+    cache=writeback|none         writeback: through the host's page cache (the default); none: O_DIRECT
 The command line uses this too: it imports nothing but errors.
 """
 
@@ -22,7 +26,11 @@ _ACCESS = {"ro": True, "r": True, "rw": False, "w": False}
 _OTHER_FORMATS = frozenset({"qcow", "qcow2", "vhd", "vhdx", "vmdk", "qed", "vdi"})
 _OLD_PREFIX = re.compile(r"(?:tap2?:)?(?:(?P<raw>file|phy|raw|aio)|(?P<other>[a-z0-9]+)):(?=.)")
 _FLAGS = frozenset({"cdrom", "direct-io-safe", "discard", "no-discard"})
-_KEYS = frozenset({"target", "format", "vdev", "access", "devtype", "backendtype", "backend", "script"})
+_KEYS = frozenset(
+    {"target", "format", "vdev", "access", "devtype", "backendtype", "backend", "script", "sector-size", "cache"}
+)
+_SECTOR_SIZES = {"512": 512, "4096": 4096}
+_DIRECT = {"none": True, "writeback": False}
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class DiskSpec:
     devid: int  # its number in XenStore, 51712 for xvda
     readonly: bool = False
     cdrom: bool = False
+    discard: bool = True  # offered where the target can do it
+    sector_size: int = 0  # bytes; 0: as the target has them
+    direct: bool = False  # cache=none
 
     def absolute(self, folder: Path) -> DiskSpec:
         """The same disk with its target seen from `folder` (the client's current one)."""
@@ -42,6 +53,9 @@ class DiskSpec:
     def __str__(self) -> str:
         """The canonical string: `parse(str(spec)) == spec`."""
         flags = ",cdrom" if self.cdrom else ""
+        flags += "" if self.discard else ",no-discard"
+        flags += f",sector-size={self.sector_size}" if self.sector_size else ""
+        flags += ",cache=none" if self.direct else ""
         access = "ro" if self.readonly else "rw"
         return f"format=raw,vdev={self.vdev},access={access}{flags},target={self.target}"
 
@@ -50,7 +64,7 @@ def parse(text: str) -> DiskSpec:
     """One disk string. OperatorError names the offending word.
 
     `target=` takes the rest of the string, commas too. direct-io-safe, discard and backendtype say what may be done,
-    and by whom: accepted, and of no consequence (discard is offered where the target can do it).
+    and by whom: accepted, and of no consequence (discard is offered where the target can do it, without `no-discard`).
     """
     said: dict[str, str] = {}
     flags: set[str] = set()
@@ -119,14 +133,23 @@ def _spec(said: dict[str, str], flags: set[str]) -> DiskSpec:
         raise OperatorError(f"'{access}' is no access (ro, rw)")
     if not said.get("target"):
         raise OperatorError("target is missing (target=/path/disk.img)")
-    if "no-discard" in flags:
-        raise OperatorError("no-discard: cannot be had, discard is offered where the target can do it")
+    if {"discard", "no-discard"} <= flags:
+        raise OperatorError("discard and no-discard are both said")
+    sector_size = said.get("sector-size", "")
+    if sector_size and sector_size not in _SECTOR_SIZES:
+        raise OperatorError(f"'{sector_size}' is no sector-size (512, 4096)")
+    cache = said.get("cache", "") or "writeback"
+    if cache not in _DIRECT:
+        raise OperatorError(f"'{cache}' is no cache (writeback, none)")
     return DiskSpec(
         target=Path(said["target"]),
         vdev=vdev,
         devid=devid_of(vdev),
         readonly=_ACCESS[access] or kind == "cdrom",
         cdrom=kind == "cdrom",
+        discard="no-discard" not in flags,
+        sector_size=_SECTOR_SIZES.get(sector_size, 0),
+        direct=_DIRECT[cache],
     )
 
 

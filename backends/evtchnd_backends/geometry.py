@@ -1,0 +1,97 @@
+"""What a raw image or block device is: its size, its sectors, whether it can punch holes and read without waiting."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import struct
+from contextlib import suppress
+from typing import NamedTuple, Self
+
+from evtchnd.blkif import SECTOR_SIZE
+from evtchnd.errors import HostError
+
+from .threads import fallocate
+
+# linux/fs.h: _IO(0x12, 104), _IOR(0x12, 114, size_t), _IO(0x12, 123)
+_BLKSSZGET, _BLKGETSIZE64, _BLKPBSZGET = 0x1268, 0x8008_1272, 0x127B
+# linux/falloc.h
+KEEP_SIZE, PUNCH_HOLE = 1, 2
+_PAGE = 4096
+
+
+class Geometry(NamedTuple):
+    """size: bytes; sector_size, physical_sector_size: bytes, of a file what its file system writes at once."""
+
+    is_block: bool
+    size: int
+    sector_size: int
+    physical_sector_size: int
+
+    @classmethod
+    def of(cls, fd: int, name: str) -> Self:
+        """HostError: neither a file nor a block device, or smaller than a sector of 512 bytes."""
+        info = os.fstat(fd)
+        if stat.S_ISBLK(info.st_mode):
+            found = cls(
+                is_block=True,
+                size=_ioctl(fd, _BLKGETSIZE64, "Q"),
+                sector_size=_ioctl(fd, _BLKSSZGET, "i"),
+                physical_sector_size=_ioctl(fd, _BLKPBSZGET, "I"),
+            )
+        elif stat.S_ISREG(info.st_mode):
+            physical = min(max(info.st_blksize, SECTOR_SIZE), _PAGE)
+            found = cls(is_block=False, size=info.st_size, sector_size=SECTOR_SIZE, physical_sector_size=physical)
+        else:
+            raise HostError(f"{name}: neither a file nor a block device")
+        if found.size < SECTOR_SIZE:
+            raise HostError(f"{name}: {found.size} bytes: smaller than one sector of {SECTOR_SIZE}")
+        return found
+
+    def sectors(self, sector_size: int) -> int:
+        """How many sectors of 512 bytes it has, in whole sectors of `sector_size`."""
+        return self.size // sector_size * (sector_size // SECTOR_SIZE)
+
+
+def punches(fd: int, found: Geometry) -> tuple[int, int] | None:
+    """Granularity and alignment of holes in bytes, None where none can be punched.
+
+    Nothing is lost by asking: a file is asked behind its end.
+    """
+    if not found.is_block:
+        offset = (found.size + (1 << 20)) & ~(_PAGE - 1)
+        if fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, _PAGE) < 0:
+            return None
+        return found.physical_sector_size, 0
+    # A hole in a device is "write zeroes, unmap"; the kernel refuses it where the device cannot.
+    granularity, most = _queue_limit(fd, "discard_granularity"), _queue_limit(fd, "write_zeroes_max_bytes")
+    if not granularity or not most:
+        return None
+    return granularity, _queue_limit(fd, "../discard_alignment")
+
+
+def takes_nowait(fd: int) -> bool:
+    """tmpfs and some others refuse RWF_NOWAIT for every read."""
+    try:
+        os.preadv(fd, [bytearray(SECTOR_SIZE)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _queue_limit(fd: int, name: str) -> int:
+    device = os.fstat(fd).st_rdev
+    base = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    # A partition has its disk's queue.
+    for path in (f"{base}/queue/{name}", f"{base}/../queue/{name}"):
+        with suppress(OSError, ValueError), open(path) as file:  # noqa: PTH123 - sysfs, before the loop matters
+            return int(file.read())
+    return 0
+
+
+def _ioctl(fd: int, request: int, form: str) -> int:
+    answer = fcntl.ioctl(fd, request, bytes(struct.calcsize(form)))
+    return int(struct.unpack(form, answer)[0])

@@ -1,0 +1,146 @@
+"""A real guest of evtchnd: the daemon, its worker, and evtchnd-micro as the VMM. Logs lie in the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from evtchnd.bench.driven import Driven
+from evtchnd.bench.qemuguest import Disk
+from evtchnd.bench.served import Daemon
+from evtchnd.cli.varlink import Client
+from evtchnd.errors import HostError, OperatorError
+
+DOMID = 1
+END_S = 30.0
+LOOK_S = 0.05
+
+
+class EvtchndGuest:
+    """Started at once, at a daemon that runs already."""
+
+    side = "evtchnd"
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        folder: Path,
+        *,
+        kernel: Path,
+        initramfs: Path,
+        append: str,
+        disks: Sequence[Disk],
+        memory_mib: int,
+        vcpus: int = 1,
+    ) -> None:
+        self._daemon = daemon
+        self._stats = folder / "stats.json"
+        self._stats.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "evtchnd.vmm.micro", "--socket", str(daemon.runtime / "vmm.sock")]
+        command += ["--domid", str(DOMID), "--kernel", str(kernel), "--initrd", str(initramfs), "--append", append]
+        command += ["--memory", f"{memory_mib}M", "--vcpus", str(vcpus), "--stats-json", str(self._stats)]
+        for disk in disks:
+            access = "ro" if disk.readonly else "rw"
+            command += ["--disk", f"format=raw,vdev={disk.vdev},access={access},target={disk.image}"]
+        self._log = folder / "micro.log"
+        self._began = time.monotonic()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._socket: socket.socket | None = None
+        self._driven: Driven | None = None
+
+    @property
+    def console(self) -> Driven:
+        """Takes commands once `booted` has returned."""
+        if self._driven is None:
+            raise HostError("the guest has not been waited for")
+        return self._driven
+
+    def pids(self) -> list[int]:
+        """Whose CPU time is this side's: VMM, control plane and worker."""
+        with Client(self._daemon.runtime / "control.sock") as client:
+            worker = client.call("io.evtchnd.Info", domid=DOMID)["worker"]["pid"]
+        return [self._process.pid, self._daemon.pid, worker]
+
+    def booted(self, seconds: float) -> float:
+        """Seconds from the start of the VMM to the first line of the guest's init. HostError with what it said."""
+        try:
+            self._connect(seconds)
+            self.console.wait(r"@@ init .*", seconds)
+            took = time.monotonic() - self._began
+            self.console.wait(r"@@ ready .*", seconds)
+        except HostError as exc:
+            raise HostError(f"evtchnd-micro: {exc}; its log ends with {self._log.read_text()[-500:]!r}") from None
+        return took
+
+    def rebooted(self, seconds: float) -> None:
+        """Waits for the guest that its VMM starts again; it is another domain, and another console. HostError."""
+        self.console.ends(seconds)
+        if self._socket is not None:
+            self._socket.close()
+        self.booted(seconds)
+
+    def _connect(self, seconds: float) -> None:
+        """To the console, as soon as the domain is there."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                with Client(self._daemon.runtime / "control.sock") as client:
+                    self._socket, first = client.upgrade("io.evtchnd.Console", domid=DOMID, devid=0)
+                break
+            except OperatorError as exc:
+                if self._process.poll() is not None or time.monotonic() > end:
+                    raise HostError(f"no console: {exc}") from None
+            time.sleep(LOOK_S)
+        self._driven = Driven(self._socket.fileno(), self._socket.fileno(), first)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the VMM still runs."""
+        return self._process.poll() is None
+
+    def ended(self, seconds: float) -> int:
+        """The VMM's exit status, once the guest has ended. HostError."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise HostError(f"the guest has not ended within {seconds:.0f} s") from None
+
+    def stats(self, seconds: float) -> dict[str, Any]:
+        """What evtchnd-micro --stats-json tells, by now. HostError."""
+        end = time.monotonic() + seconds
+        self._stats.unlink(missing_ok=True)
+        self._process.send_signal(signal.SIGUSR1)
+        while not self._stats.exists():
+            if not self.alive or time.monotonic() > end:
+                raise HostError(f"evtchnd-micro told nothing; its log ends with {self._log.read_text()[-500:]!r}")
+            time.sleep(LOOK_S)
+        found: dict[str, Any] = json.loads(self._stats.read_text())
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The guest is powered off, if it still runs."""
+        with contextlib.suppress(HostError, OSError):
+            if self.alive:
+                self.console.send("sync; poweroff -f")
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._socket is not None:
+            self._socket.close()

@@ -1,0 +1,187 @@
+"""HYPERVISOR_memory_op: where Xen's pages appear in the guest's physical memory, and RAM that a guest gives back.
+
+Source: xen/include/public/memory.h; xen/common/memory.c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+from evtchnd.abi import DOMID_SELF, PAGE_SHIFT, PAGE_SIZE
+from evtchnd.errors import GuestError
+from evtchnd.vmm.grant_table_op import GrantFrames
+from evtchnd.vmm.guest_pointer import Layout, Pointers
+from evtchnd.vmm.physmap import Memory, Physmap
+
+
+class Xenmem(IntEnum):
+    INCREASE_RESERVATION = 0
+    DECREASE_RESERVATION = 1
+    MAXIMUM_RAM_PAGE = 2
+    CURRENT_RESERVATION = 3
+    MAXIMUM_RESERVATION = 4
+    MACHPHYS_MFN_LIST = 5
+    POPULATE_PHYSMAP = 6
+    ADD_TO_PHYSMAP = 7
+    MEMORY_MAP = 9
+    MACHINE_MEMORY_MAP = 10
+    EXCHANGE = 11
+    MACHPHYS_MAPPING = 12
+    SET_MEMORY_MAP = 13
+    MAXIMUM_GPFN = 14
+    REMOVE_FROM_PHYSMAP = 15
+    ADD_TO_PHYSMAP_BATCH = 23
+    GET_VNUMAINFO = 26
+    RESERVED_DEVICE_MEMORY_MAP = 27
+    ACQUIRE_RESOURCE = 28
+
+
+# A long list comes back with the number of its first element that is left in the upper bits of the operation.
+OPERATION_MASK = 63  # MEMOP_CMD_MASK
+_START_SHIFT = 6  # MEMOP_EXTENT_SHIFT
+_MAX_EXTENTS = 1 << 20
+_SPACE_SHARED_INFO, _SPACE_GRANT_TABLE = 0, 1  # XENMAPSPACE_*
+
+_DOMID = Layout("H")
+_MEMORY_MAP = Layout("I4xQ", "II")  # nr_entries, buffer
+_E820 = struct.Struct("<QQI")
+_ADD = Layout("HHIQQ", "HHIII")  # domid, size, space, idx, gpfn
+_BATCH = Layout("HHHHQQQ", "HHHHIII")  # domid, space, size, foreign_domid, idxs, gpfns, errs
+_REMOVE = Layout("H6xQ", "H2xI")  # domid, gpfn
+_RESERVATION = Layout("QQIIH6x", "IIIIH2x")  # extent_start, nr_extents, extent_order, mem_flags, domid
+
+_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+
+
+class MemoryOp:
+    """The calls of one domain. `call` raises GuestError for bad pointers.
+
+    `shared_info(gfn)` puts that page there, None: nowhere (0 or a negated error number). Frames of `ram` are the
+    guest's to give back.
+    """
+
+    def __init__(
+        self,
+        domid: int,
+        physmap: Physmap,
+        ram: Memory,
+        frames: GrantFrames,
+        memory_map: Sequence[tuple[int, int, int]],
+        shared_info: Callable[[int | None], int],
+    ) -> None:
+        self._domid, self._physmap, self._ram, self._frames = domid, physmap, ram, frames
+        self._map, self._place_shared_info = list(memory_map), shared_info
+        self._shared_info: int | None = None
+
+    def call(self, guest: Pointers, command: int, arg: int) -> int:
+        op, start = command & OPERATION_MASK, command >> _START_SHIFT
+        match op:
+            case Xenmem.MEMORY_MAP:
+                return self._memory_map(guest, arg)
+            case Xenmem.ADD_TO_PHYSMAP:
+                dom, _, space, index, gfn = guest.take(_ADD, arg)
+                return self._add(space, index, gfn) if self._own(dom) else -errno.ESRCH
+            case Xenmem.ADD_TO_PHYSMAP_BATCH:
+                return self._add_batch(guest, *guest.take(_BATCH, arg))
+            case Xenmem.REMOVE_FROM_PHYSMAP:
+                dom, gfn = guest.take(_REMOVE, arg)
+                return self._remove(gfn) if self._own(dom) else -errno.ESRCH
+            case Xenmem.DECREASE_RESERVATION | Xenmem.POPULATE_PHYSMAP | Xenmem.INCREASE_RESERVATION:
+                return self._reservation(guest, op, start, *guest.take(_RESERVATION, arg))
+            case Xenmem.CURRENT_RESERVATION | Xenmem.MAXIMUM_RESERVATION | Xenmem.MAXIMUM_GPFN:
+                (dom,) = guest.take(_DOMID, arg)
+                if not self._own(dom):
+                    return -errno.ESRCH
+                return self._last_gfn() if op == Xenmem.MAXIMUM_GPFN else self._ram.size >> PAGE_SHIFT
+            case Xenmem.MAXIMUM_RAM_PAGE:
+                return self._last_gfn()
+        return -errno.ENOSYS
+
+    def reset(self) -> None:
+        """As before the guest's first call."""
+        self._shared_info = None
+
+    def _own(self, dom: int) -> bool:
+        return dom in (DOMID_SELF, self._domid)
+
+    def _last_gfn(self) -> int:
+        return max(slot.gfn + slot.pages - 1 for slot in self._physmap.slots)
+
+    def _memory_map(self, guest: Pointers, arg: int) -> int:
+        room, buffer = guest.take(_MEMORY_MAP, arg)
+        entries = self._map[:room]
+        guest.write(buffer, b"".join(_E820.pack(*entry) for entry in entries))
+        guest.put(_MEMORY_MAP, arg, len(entries), buffer)
+        return 0
+
+    def _add(self, space: int, index: int, gfn: int) -> int:
+        match space:
+            case 0 if index == 0:
+                result = self._place_shared_info(gfn)
+                if not result:
+                    self._shared_info = gfn
+                return result
+            case 1:
+                # bit 31: the status frames of version 2
+                return self._frames.map(index, gfn) if gfn < 1 << 40 else -errno.EINVAL
+        return -errno.EINVAL if space in (_SPACE_SHARED_INFO, 2, 3) else -errno.EPERM
+
+    def _add_batch(
+        self, guest: Pointers, dom: int, space: int, size: int, _foreign: int, idxs: int, gpfns: int, errs: int
+    ) -> int:
+        if not self._own(dom):
+            return -errno.ESRCH
+        for i in range(size):
+            result = self._add(space, guest.word_at(idxs, i), guest.word_at(gpfns, i))
+            guest.write(errs + 4 * i, result.to_bytes(4, "little", signed=True))
+        return 0
+
+    def _remove(self, gfn: int) -> int:
+        if gfn == self._shared_info:
+            self._shared_info = None
+            return self._place_shared_info(None)
+        if self._frames.unmap(gfn):
+            return 0
+        return 0 if self._give_back(gfn, 1) else -errno.ENOENT
+
+    def _reservation(
+        self, guest: Pointers, op: int, start: int, extents: int, count: int, order: int, _flags: int, dom: int
+    ) -> int:
+        """How many extents are done. RAM that was given back and is populated again is zeros, where it was."""
+        if not self._own(dom):
+            return -errno.ESRCH
+        if count > _MAX_EXTENTS or start > count or order > 18:
+            return -errno.EINVAL
+        for i in range(start, count):
+            try:
+                gfn = guest.word_at(extents, i)
+            except GuestError:
+                return i
+            done = self._give_back(gfn, 1 << order) if op == Xenmem.DECREASE_RESERVATION else self._is_ram(gfn, order)
+            if not done:
+                return i
+        return count
+
+    def _is_ram(self, gfn: int, order: int) -> bool:
+        found = [self._physmap.find(n) for n in (gfn, gfn + (1 << order) - 1)]
+        return all(each is not None and each[0] is self._ram for each in found)
+
+    def _give_back(self, gfn: int, pages: int) -> bool:
+        """The host gets the pages; the guest finds zeros there if it looks all the same. False: they are no RAM."""
+        for n in range(gfn, gfn + pages):
+            found = self._physmap.find(n)
+            if found is None or found[0] is not self._ram:
+                return False
+            if n == self._shared_info:
+                return False
+            mode = _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE
+            if _libc.fallocate(self._ram.fd, mode, found[1], PAGE_SIZE):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return True

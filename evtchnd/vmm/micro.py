@@ -1,0 +1,294 @@
+"""evtchnd-micro: runs one Xen guest on this machine's KVM, served by evtchnd.
+
+    evtchnd-micro --kernel vmlinuz --initrd initrd.img --memory 512M --vcpus 2 \\
+        --append 'root=/dev/xvda console=hvc0' --disk disk.img,raw,xvda,rw --console
+
+The kernel is any with a PVH entry: a distribution's vmlinuz as it is, or an ELF file. The guest's disks, XenStore and
+console are the daemon's; this process opens the images and hands them over.
+
+Exit status: 0 the guest has powered off (or rebooted, with --reboot exit, or was ended by a signal), 1 it has crashed
+or could not begin, 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from evtchnd import diskspec
+from evtchnd.errors import EvtchndError, OperatorError
+from evtchnd.vmm import elf, kernel_image
+from evtchnd.vmm.client import Refused
+from evtchnd.vmm.hypercalls import Shutdown
+from evtchnd.vmm.microvm import MAX_VCPUS, Disk, Ended, Guest, MicroVm
+from evtchnd.vmm.pvh import Module
+
+log = logging.getLogger("evtchnd-micro")
+
+_UNITS = {"K": 10, "M": 20, "G": 30, "": 20}
+_MIN_MEMORY, _MAX_MEMORY = 4 << 20, 1 << 40
+# The daemon still clears the last domain of this number away.
+_FREE_AGAIN_S = 20.0
+# What is left of the guest's last words is read in no time.
+_REST_S = 10.0
+_IN_ORDER = (Shutdown.POWEROFF, Shutdown.REBOOT)
+
+
+class Stats:
+    """Exits and hypercalls of all runs of the guest, for --stats."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self._began = time.monotonic()
+        self._boots = 0
+        self._past: dict[str, Counter[str]] = {"exits": Counter(), "hypercalls": Counter(), "accesses": Counter()}
+        self._vm: MicroVm | None = None
+
+    def follow(self, vm: MicroVm | None) -> None:
+        """Counts what `vm` does from now on; what the last one did is kept."""
+        self._past = self._counts()
+        self._vm = vm
+        self._boots += vm is not None
+
+    def _counts(self) -> dict[str, Counter[str]]:
+        if self._vm is None:
+            return self._past
+        vm = self._vm
+        now = {"exits": vm.exits(), "hypercalls": vm.hypercalls.counts, "accesses": vm.accesses.counts}
+        return {name: past + now[name] for name, past in self._past.items()}
+
+    def json(self, ended: Ended | None) -> str:
+        told = {
+            "domid": self._guest.domid,
+            "name": self._guest.name,
+            "seconds": round(time.monotonic() - self._began, 3),
+            "boots": self._boots,
+            "ended": ended and ended.reason.name.lower(),
+            **{name: dict(counts.most_common()) for name, counts in self._counts().items()},
+        }
+        return json.dumps(told, indent=1) + "\n"
+
+    def table(self) -> str:
+        lines = []
+        for name, counts in self._counts().items():
+            lines.append(f"{name}: {sum(counts.values())}")
+            lines += [f"{count:10} {what}" for what, count in counts.most_common()]
+        return "\n".join(lines)
+
+
+def size_of(text: str) -> int:
+    """512M, 2G, 65536K, 512 (MiB): bytes, in whole MiB or pages."""
+    found = re.fullmatch(r"([0-9]{1,9})([KMG]?)(?:i?B)?", text, re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size (512M, 2G)")
+    size = int(found[1]) << _UNITS[found[2].upper()]
+    if not _MIN_MEMORY <= size <= _MAX_MEMORY or size % 4096:
+        raise argparse.ArgumentTypeError(f"{text}: memory is 4M to 1024G, in pages of 4K")
+    return size
+
+
+def parser() -> argparse.ArgumentParser:
+    text = (__doc__ or "").splitlines()[0]
+    parse = argparse.ArgumentParser(prog="evtchnd-micro", description=text, allow_abbrev=False)
+    add = parse.add_argument
+    add("--socket", type=Path, default=Path("/run/evtchnd/vmm.sock"), help="the daemon's (%(default)s)")
+    add("--domid", type=int, default=1, help="(%(default)s)")
+    add("--name", default="", help="(gDOMID)")
+    add("--uuid", type=uuid.UUID, default=uuid.UUID(int=0), help="of the guest (none)")
+    add("--kernel", type=Path, required=True, help="bzImage or ELF file with a PVH entry")
+    add("--initrd", type=Path, help="the first module")
+    add("--module", action="append", default=[], metavar="FILE[ ARGUMENTS]", help="another module; can be repeated")
+    add("--append", default="", metavar="LINE", help="the kernel's command line")
+    add("--memory", type=size_of, default="512M", metavar="SIZE", help="(%(default)s)")
+    add("--vcpus", type=int, default=1, choices=range(1, MAX_VCPUS + 1), help="(%(default)s)")
+    add("--disk", action="append", default=[], metavar="SPEC", help="as xl: disk.img,raw,xvda,rw; can be repeated")
+    add("--disk-cache", choices=("none", "writeback"), default="writeback", help="none: O_DIRECT (%(default)s)")
+    add("--console", action="store_true", help="this terminal is the guest's console; ^] leaves it, the guest goes on")
+    add("--grant-frames", type=int, default=32, choices=range(1, 65), metavar="1..64", help="(%(default)s)")
+    add("--reboot", choices=("restart", "exit"), default="restart", help="what a reboot does (%(default)s)")
+    add("--timeout", type=float, default=30.0, metavar="S", help="for an answer of the daemon's (%(default)s)")
+    add("--resume", type=float, default=60.0, metavar="S", help="a daemon that has gone is waited for (%(default)s)")
+    add("--stats", action="store_true", help="at the end: why vCPUs left the guest, hypercalls by name")
+    add("--stats-json", type=Path, metavar="FILE", help="the same in JSON; at every SIGUSR1 too")
+    return parse
+
+
+def open_disk(text: str, cache: str) -> Disk:
+    """OperatorError."""
+    spec = diskspec.parse(text)
+    flags = os.O_RDONLY if spec.readonly else os.O_RDWR
+    try:
+        fd = os.open(spec.target, flags | os.O_CLOEXEC | (os.O_DIRECT if cache == "none" else 0))
+    except OSError as error:
+        direct = " (no O_DIRECT there?)" if cache == "none" and error.errno == errno.EINVAL else ""
+        raise OperatorError(f"disk {spec.vdev}: {spec.target}: {error.strerror}{direct}") from None
+    return Disk(spec.devid, spec.vdev, spec.target, fd, spec.readonly, spec.cdrom)
+
+
+def read_module(text: str) -> Module:
+    path, _, arguments = text.partition(" ")
+    try:
+        return Module(Path(path).read_bytes(), arguments)
+    except OSError as error:
+        raise OperatorError(f"module {path}: {error.strerror}") from None
+
+
+def guest_of(args: argparse.Namespace, disks: tuple[Disk, ...]) -> Guest:
+    """OperatorError in one line."""
+    if not 0 < args.domid < 0x7FF0:
+        raise OperatorError(f"domid {args.domid}: 1 to {0x7FEF}")
+    initrd = [os.fspath(args.initrd)] if args.initrd else []
+    try:
+        image = elf.parse(kernel_image.elf_image(args.kernel))
+    except OperatorError as error:
+        said = str(error)
+        raise OperatorError(said if said.startswith("kernel ") else f"kernel {args.kernel}: {said}") from None
+    return Guest(
+        socket=args.socket,
+        domid=args.domid,
+        name=args.name or f"g{args.domid}",
+        image=image,
+        command_line=args.append,
+        modules=tuple(read_module(text) for text in (*initrd, *args.module)),
+        memory=args.memory,
+        vcpus=args.vcpus,
+        disks=disks,
+        grant_frames=args.grant_frames,
+        uuid=args.uuid.bytes,
+        timeout=args.timeout,
+        resume=args.resume,
+    )
+
+
+def start(guest: Guest) -> MicroVm:
+    """A guest whose domid is being cleared away is started when that is done."""
+    deadline = time.monotonic() + _FREE_AGAIN_S
+    while True:
+        try:
+            return MicroVm(guest, lambda text: _say(text))
+        except Refused as refused:
+            if refused.errno != errno.EEXIST or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _say(text: bytes) -> None:
+    """What the guest says by console_io (a kernel's early messages)."""
+    if sys.stderr.isatty():  # perhaps raw: it is the guest's console
+        text = text.replace(b"\n", b"\r\n")
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), text)
+
+
+@contextlib.contextmanager
+def _console(guest: Guest) -> Iterator[None]:
+    """`evtchnctl console` in this terminal, as long as the guest runs or until ^]."""
+    command = [sys.executable, "-m", "evtchnd.cli.evtchnctl", "--runtime-dir", os.fspath(guest.socket.parent)]
+    child = subprocess.Popen([*command, "console", str(guest.domid)])
+    try:
+        yield
+    finally:
+        # the domain has ended: it shows the rest and goes by itself
+        try:
+            child.wait(_REST_S)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            child.wait()
+
+
+class Signals:
+    """SIGTERM and SIGINT end the guest, also while it is being started; SIGUSR1 writes the statistics."""
+
+    def __init__(self, stats: Stats, stats_file: Path | None) -> None:
+        self.asked: Ended | None = None
+        self.vm: MicroVm | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        if stats_file is not None:
+            signal.signal(signal.SIGUSR1, lambda *_: _write(stats_file, stats.json(None)))
+
+    def _end(self, number: int, _: object) -> None:
+        self.asked = Ended(Shutdown.POWEROFF, f"by {signal.Signals(number).name}")
+        self.follow(self.vm)
+
+    def follow(self, vm: MicroVm | None) -> None:
+        self.vm = vm
+        if vm is not None and self.asked is not None:
+            vm.end(self.asked.reason, self.asked.text)
+
+
+def run(guest: Guest, stats: Stats, signals: Signals, *, restart: bool, console: bool) -> Ended:
+    """Until the guest has ended for good."""
+    label = f"domain {guest.domid} ({guest.name})"
+    first = True
+    while True:
+        with contextlib.ExitStack() as running:
+            terminal = running.enter_context(contextlib.ExitStack())  # ends after the domain
+            # at the start another's domid is another's
+            vm = running.enter_context(MicroVm(guest, _say) if first else start(guest))
+            first = False
+            stats.follow(vm)
+            signals.follow(vm)
+            if console:
+                if not vm.has_console:
+                    raise OperatorError(f"{label}: --console: this daemon serves no consoles")
+                terminal.enter_context(_console(guest))
+            ended = vm.run()
+        stats.follow(None)
+        signals.follow(None)
+        level = logging.INFO if ended.reason in _IN_ORDER else logging.ERROR
+        log.log(level, "%s: %s: %s", label, ended.reason.name.lower(), ended.text)
+        if ended.reason is not Shutdown.REBOOT or not restart or signals.asked is not None:
+            return ended
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        if path.exists() and not path.is_file():  # /dev/stderr, a FIFO
+            path.write_text(text)
+            return
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        log.warning("%s: %s", path, error.strerror)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with contextlib.ExitStack() as opened:
+        try:
+            disks = []
+            for text in args.disk:
+                disks.append(open_disk(text, args.disk_cache))
+                opened.callback(os.close, disks[-1].fd)
+            guest = guest_of(args, tuple(disks))
+            stats = Stats(guest)
+            signals = Signals(stats, args.stats_json)
+            ended = run(guest, stats, signals, restart=args.reboot == "restart", console=args.console)
+        except (EvtchndError, OSError) as error:
+            print(f"evtchnd-micro: {error}", file=sys.stderr)
+            return 1
+    if args.stats:
+        print(stats.table(), file=sys.stderr)
+    if args.stats_json:
+        _write(args.stats_json, stats.json(ended))
+    return 0 if ended.reason in _IN_ORDER else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

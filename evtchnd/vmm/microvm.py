@@ -1,0 +1,396 @@
+"""One unmodified guest on KVM at the daemon: the whole of a small real VMM, without a device of its own.
+
+    RAM, special pages, grant table      three memfds; the daemon has them all      physmap, pvh
+    vCPUs                                one thread each; APs wait for INIT and SIPI in KVM
+    event ports                          in the kernel: sends, IPIs, timers, polls  channels, kvm_kernel
+    disks, XenStore, console             the daemon's
+    hypercalls that exit                 hypercalls
+
+After the start the VMM has nothing to do but to answer what the guest sets up. What the guest has set up of it moves
+by its own calls: shared_info to a page of RAM, vcpu_info to per-CPU memory, grant frames above RAM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from evtchnd.abi import PAGE_SHIFT, PAGE_SIZE, SHARED_INFO_PENDING, SHARED_INFO_VCPUS, VCPU_INFO_SIZE
+from evtchnd.errors import EvtchndError, HostError
+from evtchnd.protocol import Feature
+from evtchnd.vmm import cpuid, legacy_ports, pvh
+from evtchnd.vmm.channels import Channels
+from evtchnd.vmm.client import Client, GrantFrame, MemorySlot
+from evtchnd.vmm.daemon_link import DaemonLink
+from evtchnd.vmm.elf import Image
+from evtchnd.vmm.event_bits import EventBits
+from evtchnd.vmm.grant_table_op import GrantFrames, GrantTableOp
+from evtchnd.vmm.guest_pointer import Pointers
+from evtchnd.vmm.hvm_op import HvmOp, HvmParam
+from evtchnd.vmm.hypercalls import Hypercalls, Shutdown
+from evtchnd.vmm.kvm import INVALID_GFN, XenHvm
+from evtchnd.vmm.kvm_kernel import KvmKernel
+from evtchnd.vmm.kvm_machine import Exit, Hypercall, Io, Machine, Mmio, Vcpu
+from evtchnd.vmm.memory_op import MemoryOp
+from evtchnd.vmm.physmap import Memory, Physmap
+from evtchnd.vmm.vcpu_op import VcpuOp
+from evtchnd.vmm.xen_version import VERSION
+
+log = logging.getLogger(__name__)
+
+MAX_VCPUS = 4
+STORE_PORT, CONSOLE_PORT = 1, 2  # xl's order
+# libxl's places in the special pages: the store's is the third, the console's the fifth
+STORE_GFN = (pvh.SPECIAL >> PAGE_SHIFT) + 2
+CONSOLE_GFN = (pvh.SPECIAL >> PAGE_SHIFT) + 4
+_NEEDED = XenHvm.INTERCEPT_HCALL | XenHvm.SHARED_INFO | XenHvm.RUNSTATE | XenHvm.EVTCHN_2LEVEL | XenHvm.EVTCHN_SEND
+_JOIN_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """An image that was opened for the guest."""
+
+    devid: int
+    vdev: str
+    path: Path
+    fd: int
+    readonly: bool
+    cdrom: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """What is to run, and for how long a daemon that has gone is waited for."""
+
+    socket: Path
+    domid: int
+    name: str
+    image: Image
+    command_line: str = ""
+    modules: tuple[pvh.Module, ...] = ()
+    memory: int = 512 << 20
+    vcpus: int = 1
+    disks: tuple[Disk, ...] = ()
+    grant_frames: int = 32
+    uuid: bytes = bytes(16)
+    timeout: float = 30.0
+    resume: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Why a guest has ended, and how it is known."""
+
+    reason: Shutdown
+    text: str
+
+
+class MicroVm:
+    """A guest from its first instruction to its end. HostError, VmmError, OperatorError where it cannot begin.
+
+    `write`: takes what the guest says by console_io. A context manager that ends with the domain released.
+    """
+
+    def __init__(self, guest: Guest, write: Callable[[bytes], None]) -> None:
+        self.guest = guest
+        self.accesses = legacy_ports.Accesses()
+        self._over = threading.Event()
+        self._ended: Ended | None = None
+        self._threads: list[threading.Thread] = []
+        self._shared_info: int | None = None
+        with contextlib.ExitStack() as undo:
+            self._build(undo, write)
+            self._reserve()
+            start = pvh.load(
+                self.physmap.write, guest.memory, guest.vcpus, guest.image, guest.command_line, guest.modules
+            )
+            self.vcpus[0].start_pvh(guest.image.entry, start)
+            undo.callback(lambda: self.link.release((self._ended or Ended(Shutdown.CRASH, "")).reason))
+            undo.callback(self._stop)
+            self.link.connect()
+            self._undo = undo.pop_all()
+
+    def _build(self, undo: contextlib.ExitStack, write: Callable[[bytes], None]) -> None:
+        guest = self.guest
+        self._ram = Memory(f"{guest.name} ram", guest.memory, undo)
+        self._special = Memory(f"{guest.name} special", pvh.SPECIAL_SIZE, undo)
+        grants = Memory(f"{guest.name} grants", guest.grant_frames * PAGE_SIZE, undo)
+        self.channels = Channels(guest.domid, vcpus=guest.vcpus, timers=True)
+        undo.callback(self.channels.close)
+        self.machine = undo.enter_context(Machine(split=True))
+        if missing := _NEEDED & ~self.machine.has:
+            raise HostError(f"/dev/kvm: no Xen support (KVM_CAP_XEN_HVM lacks {missing!r}): CONFIG_KVM_XEN is off")
+        self.physmap = Physmap(self.machine.add_memory)
+        low = pvh.low_ram(guest.memory)
+        self.physmap.add(0, low >> PAGE_SHIFT, self._ram)
+        if low < guest.memory:
+            self.physmap.add(pvh.HIGH_RAM >> PAGE_SHIFT, guest.memory - low >> PAGE_SHIFT, self._ram, low)
+        self.physmap.add(pvh.SPECIAL >> PAGE_SHIFT, pvh.SPECIAL_SIZE >> PAGE_SHIFT, self._special)
+        xen = self.machine.xen
+        xen.config()
+        xen.set_long_mode(True)  # without it a guest's time stops at its first timer
+        xen.set_version(VERSION)
+        self.vcpus = [
+            self.machine.add_vcpu(n, cpuid.of_guest(self.machine.cpuid, vcpu=n, vcpus=guest.vcpus, version=VERSION))
+            for n in range(guest.vcpus)
+        ]
+        for vcpu in self.vcpus:
+            vcpu.xen.set_id(vcpu.number)
+        self._bits = EventBits(long_mode=True)
+        self._kernel = KvmKernel(xen, [vcpu.xen for vcpu in self.vcpus], range(guest.vcpus), self._bits)
+        self.channels.kernel = self._kernel
+        self._frames = GrantFrames(grants, self._ram, self.physmap, self._frame_moved)
+        self._memory_op = MemoryOp(
+            guest.domid,
+            self.physmap,
+            self._ram,
+            self._frames,
+            pvh.memory_map(guest.memory),
+            self._place_shared_info,
+        )
+        params: dict[int, int] = {
+            HvmParam.STORE_PFN: STORE_GFN,
+            HvmParam.STORE_EVTCHN: STORE_PORT,
+        }
+        self._hvm_op = HvmOp(
+            guest.domid,
+            guest.vcpus,
+            params,
+            xen.set_upcall_vector,
+            lambda n, vector: self.vcpus[n].xen.set_upcall_vector(vector),
+        )
+        self._vcpu_op = VcpuOp([vcpu.xen for vcpu in self.vcpus], self._register, lambda n: self.vcpus[n].is_up())
+        self.hypercalls = Hypercalls(
+            f"domain {guest.domid} ({guest.name})",
+            self.channels,
+            self._memory_op,
+            GrantTableOp(guest.domid, self._frames),
+            self._hvm_op,
+            self._vcpu_op,
+            ended=self._shut_down,
+            write=write,
+            runstate_flag=xen.set_runstate_update_flag,
+            handle=guest.uuid,
+        )
+        self.link = DaemonLink(
+            guest.socket, self.channels, self._introduce, timeout=guest.timeout, lost=self._daemon_lost
+        )
+
+    # ---- its life ----------------------------------------------------------------------------------------------
+
+    def run(self) -> Ended:
+        """Lets the guest run until it ends. In the main thread: signals are handled meanwhile."""
+        for vcpu in self.vcpus:
+            thread = threading.Thread(
+                target=self._run, args=(vcpu,), name=f"{self.guest.name} vcpu {vcpu.number}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+        self._over.wait()
+        assert self._ended is not None
+        return self._ended
+
+    def end(self, reason: Shutdown, text: str) -> None:
+        """The guest runs no further; from any thread, and from a signal's handler. The first reason stays."""
+        if self._ended is None:
+            self._ended = Ended(reason, text)
+        self._over.set()
+
+    def close(self) -> None:
+        """Releases the domain. Can be called twice."""
+        self._undo.close()
+
+    def __enter__(self) -> MicroVm:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def has_console(self) -> bool:
+        """Whether the daemon serves the guest's console."""
+        return HvmParam.CONSOLE_PFN in self._hvm_op.params
+
+    def exits(self) -> Counter[str]:
+        """Why vCPUs left the guest, all of them."""
+        return sum((vcpu.exits for vcpu in self.vcpus), Counter())
+
+    def _stop(self) -> None:
+        self.end(Shutdown.POWEROFF, "closed")
+        for thread, vcpu in zip(self._threads, self.vcpus, strict=False):
+            while thread.is_alive():
+                vcpu.kick()
+                thread.join(_JOIN_S)
+
+    # ---- vCPU threads ------------------------------------------------------------------------------------------
+
+    def _run(self, vcpu: Vcpu) -> None:
+        try:
+            vcpu.enter()
+            while not self._over.is_set():
+                self._exited(vcpu, vcpu.run())
+        except Exception as error:
+            if not isinstance(error, OSError):
+                log.exception("domain %d (%s): vCPU %d has stopped", self.guest.domid, self.guest.name, vcpu.number)
+            self.end(Shutdown.CRASH, f"vCPU {vcpu.number}: {error}")
+
+    def _exited(self, vcpu: Vcpu, stop: Exit) -> None:
+        match stop:
+            case Hypercall(number, params, long_mode, cpl):
+                pointers = Pointers(self.physmap, vcpu.translate, vcpu=vcpu.number, long_mode=long_mode)
+                vcpu.answer(self.hypercalls.answer(pointers, number, params, cpl))
+            case Io() | Mmio():
+                self.accesses.count(stop)
+                if stop.read:
+                    vcpu.answer_read(stop, legacy_ports.read(stop))
+                elif isinstance(stop, Io) and (asked := legacy_ports.write(stop)):
+                    self.end(asked[0], f"by {asked[1]}")
+            case _ if stop.reason == "kicked":
+                pass
+            case _ if stop.reason == "shutdown":
+                # AMD's hardware leaves no registers of it. It is a reset, as HVM_PARAM_TRIPLE_FAULT_REASON says where a
+                # toolstack says nothing else; but a guest that has not come as far as to hear of events would do it
+                # again and again.
+                up = self._hvm_op.params.get(HvmParam.CALLBACK_IRQ)
+                reason = Shutdown.REBOOT if up else Shutdown.CRASH
+                self.end(reason, f"vCPU {vcpu.number}: triple fault")
+            case _:
+                self.end(Shutdown.CRASH, f"vCPU {vcpu.number}: KVM gave up: {stop.reason} ({vcpu.registers()})")
+
+    def _shut_down(self, reason: int) -> int:
+        """SCHEDOP_shutdown."""
+        match reason:
+            case Shutdown.SUSPEND:
+                return 1  # nobody has asked for it: cancelled
+            case Shutdown.SOFT_RESET:
+                self._soft_reset()
+            case _:
+                self.end(Shutdown(reason), "by SCHEDOP_shutdown")
+        return 0
+
+    # ---- what the guest moves ----------------------------------------------------------------------------------
+
+    def _place_shared_info(self, gfn: int | None) -> int:
+        """The page is in RAM, at `gfn`; what it held is there too."""
+        xen = self.machine.xen
+        with self.channels.lock:
+            before = self._shared_info
+            if gfn is None or gfn == before:
+                if gfn is None:
+                    self._forget_shared_info()
+                return 0
+            found = self.physmap.find(gfn)
+            if found is None or found[0] is not self._ram:
+                return -errno.EINVAL
+            memory, at = found
+            content = bytes(PAGE_SIZE) if before is None else self.physmap.read(before << PAGE_SHIFT, PAGE_SIZE)
+            memory.view[at : at + PAGE_SIZE] = content
+            self.channels.ports.long_mode = long_mode = xen.long_mode()
+            self._bits.move(memory.address + at, long_mode=long_mode)
+            xen.set_shared_info(gfn)
+            self._shared_info = gfn
+            for n in range(min(self.guest.vcpus, SHARED_INFO_VCPUS)):
+                if n not in self._vcpu_op.registered:
+                    self._kernel.register(n, (gfn << PAGE_SHIFT) + n * VCPU_INFO_SIZE)
+            if before is not None:
+                self._raise_late(before, content)
+        return 0
+
+    def _raise_late(self, before: int, content: bytes) -> None:
+        """Events that came to the old page after it was copied."""
+        now = self.physmap.read(before << PAGE_SHIFT, PAGE_SIZE)
+        for setting in self.channels.ports.table():
+            byte, bit = SHARED_INFO_PENDING + setting.port // 8, 1 << setting.port % 8
+            if now[byte] & bit and not content[byte] & bit:
+                self._kernel.raise_event(setting.port, setting.vcpu)
+
+    def _forget_shared_info(self) -> None:
+        for n in range(self.guest.vcpus):
+            if n not in self._vcpu_op.registered:
+                self._kernel.register(n, INVALID_GFN)
+        self.machine.xen.set_shared_info(INVALID_GFN)
+        self._bits.move(0, long_mode=True)
+        self._shared_info = None
+
+    def _register(self, vcpu: int, gpa: int) -> None:
+        with self.channels.lock:
+            self._kernel.register(vcpu, gpa)
+
+    def _frame_moved(self, index: int) -> None:
+        with self.channels.turn:
+            client = self.channels.client
+            if client is None or client.lost:
+                return  # RESUME tells where it is
+            client.grant_frame_remove(index)
+            client.grant_frame_add(GrantFrame(index, *self._frames.place(index)))
+
+    # ---- the daemon --------------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        """What a toolstack prepares: two ports, their pages, the two grants for domain 0."""
+        with self.channels.lock:
+            for port in (STORE_PORT, CONSOLE_PORT):
+                self.channels.ports.reserve(port)
+        self._special.view[:] = bytes(self._special.size)
+        self._frames.reserve(CONSOLE_GFN, STORE_GFN)
+
+    def _introduce(self, client: Client, *, resumed: bool) -> None:
+        guest = self.guest
+        enter = client.resume if resumed else client.register
+        enter(guest.domid, vcpus=guest.vcpus, name=guest.name, uuid=guest.uuid)
+        # a grant frame's slot is the guest's affair: the daemon reads the table by its frames
+        lasting = [slot for slot in self.physmap.slots if slot.memory in (self._ram, self._special)]
+        client.memory([MemorySlot(slot.number, slot.gfn, slot.pages, slot.memory.fd, slot.offset) for slot in lasting])
+        client.grant_frames([GrantFrame(i, *self._frames.place(i)) for i in range(self._frames.count)])
+        if resumed:
+            client.ports(self.channels.bound())
+        client.xenstore(STORE_PORT, self._special.fd, STORE_GFN - (pvh.SPECIAL >> PAGE_SHIFT) << PAGE_SHIFT)
+        if Feature.CONSOLE in client.features:
+            client.console(CONSOLE_PORT, CONSOLE_GFN)
+            # a guest that finds these would wait for a console that nobody serves
+            self._hvm_op.offer({HvmParam.CONSOLE_PFN: CONSOLE_GFN, HvmParam.CONSOLE_EVTCHN: CONSOLE_PORT})
+        for disk in guest.disks:
+            client.disk(disk.devid, disk.vdev, disk.fd, readonly=disk.readonly, cdrom=disk.cdrom)
+        client.start()
+
+    def _soft_reset(self) -> None:
+        """The guest has begun anew by itself (kexec): nothing of Xen's is left, its memory stays."""
+        log.info("domain %d (%s): soft reset", self.guest.domid, self.guest.name)
+        with self.channels.turn:
+            self.link.release(Shutdown.SOFT_RESET)
+            self.channels.reset()
+            with self.channels.lock:
+                self._vcpu_op.reset()
+                self._forget_shared_info()
+                for vcpu in self.vcpus:
+                    vcpu.xen.set_runstate_address(INVALID_GFN)
+                    vcpu.xen.set_time_info(INVALID_GFN)
+            self._memory_op.reset()
+            self._hvm_op.reset()
+            self._frames.reset()
+            self._reserve()
+            try:
+                self.link.connect()
+            except EvtchndError as error:
+                self.end(Shutdown.CRASH, f"after a soft reset: {error}")
+
+    def _daemon_lost(self) -> None:
+        """The guest goes on; its kicks stay in their eventfds."""
+        if not self._over.is_set():
+            log.warning("domain %d (%s): the daemon has gone: waiting for it", self.guest.domid, self.guest.name)
+            threading.Thread(target=self._come_back, name=f"{self.guest.name} resume", daemon=True).start()
+
+    def _come_back(self) -> None:
+        try:
+            with self.channels.turn:
+                self.link.resume(self.guest.resume)
+            log.info("domain %d (%s): the daemon is back", self.guest.domid, self.guest.name)
+        except (EvtchndError, OSError) as error:
+            self.end(Shutdown.CRASH, f"the daemon has not come back: {error}")

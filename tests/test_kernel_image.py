@@ -1,0 +1,178 @@
+"""A kernel's file, in each packing that Linux' build knows, and what is refused."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import random
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from evtchnd.errors import OperatorError
+from evtchnd.vmm import elf, kernel_image
+
+# what the kernel's build calls (scripts/Makefile.lib); the last 4 bytes of the payload are the size, but for gzip
+PACKINGS = ["plain", "gzip", "bzip2", "xz", "lzma", "lz4", "zstd"]
+
+
+def pvh_elf(
+    *, bits: int = 64, machine: int = 62, note: int | None = elf.PHYS32_ENTRY, size: int = 9000, noise: int = 0
+) -> bytes:
+    """An ELF image with one segment at 1 MiB and Xen's note in a PT_NOTE."""
+    header = 64 if bits == 64 else 52
+    entry_size = 56 if bits == 64 else 32
+    body = random.Random(noise).randbytes(size)
+    desc = struct.pack("<Q" if bits == 64 else "<I", 0x100020)
+    notes = struct.pack("<III", 4, 4, 1) + b"GNU\0" + bytes(4)
+    notes += struct.pack("<III", 4, len(desc), note) + b"Xen\0" + desc if note is not None else b""
+    at_body = header + 2 * entry_size
+    at_notes = at_body + size
+    out = b"\x7fELF" + bytes((2 if bits == 64 else 1, 1, 1)).ljust(12, b"\0")
+    if bits == 64:
+        out += struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0x100000, header, 0, 0, 64, 56, 2, 0, 0, 0)
+        out += struct.pack("<IIQQQQQQ", 1, 5, at_body, 0xFFFFFFFF80100000, 0x100000, size, size + 4096, 4096)
+        out += struct.pack("<IIQQQQQQ", 4, 4, at_notes, 0, 0, len(notes), len(notes), 4)
+    else:
+        out += struct.pack("<HHIIIIIHHHHHH", 2, machine, 1, 0x100000, header, 0, 0, 52, 32, 2, 0, 0, 0)
+        out += struct.pack("<IIIIIIII", 1, at_body, 0xC0100000, 0x100000, size, size + 4096, 5, 4096)
+        out += struct.pack("<IIIIIIII", 4, at_notes, 0, 0, len(notes), len(notes), 4, 4)
+    return out + body + notes
+
+
+def packed(image: bytes, how: str, folder: Path) -> bytes:
+    """By the programs that the kernel's build uses."""
+    size = len(image).to_bytes(4, "little")
+    match how:
+        case "plain":
+            return image
+        case "gzip":
+            return gzip.compress(image, 9)
+        case "bzip2":
+            return bz2.compress(image) + size
+        case "xz":
+            filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 6}]
+            return lzma.compress(image, check=lzma.CHECK_CRC32, filters=filters) + size
+        case "lzma":
+            return lzma.compress(image, format=lzma.FORMAT_ALONE) + size
+    if not shutil.which(how):
+        pytest.skip(f"no {how} here: apt-get install {how}")
+    (folder / "image").write_bytes(image)
+    command = ["lz4", "-l", "-9", "-q"] if how == "lz4" else ["zstd", "-q", "-19"]
+    with (folder / "image").open("rb") as file:
+        done = subprocess.run([*command, "-c", "-"], stdin=file, stdout=subprocess.PIPE, check=True)
+    return done.stdout + size
+
+
+def bzimage(payload: bytes, *, version: int = 0x020F, setup_sectors: int = 4, offset: int = 0x3A0) -> bytes:
+    out = bytearray((setup_sectors + 1) * 512 + offset)
+    out[0x1F1] = setup_sectors
+    out[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", out, 0x206, version)
+    struct.pack_into("<II", out, 0x248, offset, len(payload))
+    return bytes(out) + payload + b"after it"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "evtchnd" / "kernels"
+
+
+def written(folder: Path, data: bytes) -> Path:
+    (folder / "vmlinuz").write_bytes(data)
+    return folder / "vmlinuz"
+
+
+@pytest.mark.parametrize("how", PACKINGS)
+def test_the_elf_image_comes_out_of_a_bzimage(how: str, tmp_path: Path) -> None:
+    image = pvh_elf(size=20 << 20 if how == "lz4" else 90000)  # lz4: more than one block
+    path = written(tmp_path, bzimage(packed(image, how, tmp_path)))
+    assert kernel_image.elf_image(path) == image
+    parsed = elf.parse(image)
+    assert (parsed.entry, parsed.start, parsed.end) == (
+        0x100020,
+        0x100000,
+        0x100000 + len(parsed.segments[0].data) + 4096,
+    )
+
+
+@pytest.mark.parametrize("how", ["plain", "gzip", "xz"])
+def test_an_elf_file_packed_or_not_is_a_kernel_too(how: str, tmp_path: Path) -> None:
+    image = pvh_elf(bits=32, machine=3)
+    data = packed(image, how, tmp_path)
+    assert kernel_image.elf_image(written(tmp_path, data[:-4] if how == "xz" else data)) == image
+    assert elf.parse(image).entry == 0x100020
+
+
+def test_a_boot_sector_count_of_zero_means_four(tmp_path: Path) -> None:
+    data = bytearray(bzimage(pvh_elf()))
+    data[0x1F1] = 0
+    assert kernel_image.elf_image(written(tmp_path, bytes(data))) == pvh_elf()
+
+
+def test_what_was_unpacked_is_kept_by_its_content(tmp_path: Path, own_cache: Path) -> None:
+    image = pvh_elf()
+    path = written(tmp_path, bzimage(gzip.compress(image)))
+    kernel_image.elf_image(path)
+    (kept,) = own_cache.iterdir()
+    # seen to be read: what lies there is what comes
+    kept.write_bytes(b"\x7fELF, kept")
+    assert kernel_image.elf_image(path) == b"\x7fELF, kept"
+    assert kernel_image.elf_image(written(tmp_path, bzimage(gzip.compress(pvh_elf(noise=1))))) == pvh_elf(noise=1)
+
+
+def test_the_cache_does_not_grow(tmp_path: Path, own_cache: Path) -> None:
+    for i in range(kernel_image.KEPT + 3):
+        kernel_image.elf_image(written(tmp_path, bzimage(gzip.compress(pvh_elf(noise=i)))))
+        os.utime(max(own_cache.iterdir(), key=lambda path: path.stat().st_mtime_ns), (i, i))
+    assert len(list(own_cache.iterdir())) == kernel_image.KEPT
+
+
+def test_without_a_cache_it_works_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert kernel_image.elf_image(written(tmp_path, bzimage(gzip.compress(pvh_elf())))) == pvh_elf()
+
+
+GZIP = gzip.compress(pvh_elf())
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no kernel: neither an ELF file nor a bzImage"),
+        (b"#!/bin/sh\n" * 100, "no kernel: neither"),
+        (gzip.compress(b"a text"), "no kernel: neither"),
+        (bytes(0x38) + b"ARM\x64" + bytes(100), "for another machine (arm64)"),
+        (bzimage(GZIP)[:0x240], "ends in its header"),
+        (bzimage(GZIP)[:4000], "cut off"),
+        (bzimage(b""), "cut off"),
+        (bzimage(GZIP, version=0x0207), "older than 2.08"),
+        (bzimage(b"\x89LZO" + bytes(50)), "packed with lzo, for which there is no library here"),
+        (bzimage(b"what?" + bytes(50)), "no packing that is known"),
+        (bzimage(GZIP[:-200] + bytes(200)), "its gzip payload is damaged"),
+        (bzimage(GZIP[:-4] + bytes(3) + b"\1"), "its gzip payload is damaged"),
+        (bzimage(GZIP[:-4] + b"\xff\xff\xff\xff"), "MiB unpacked: more than"),
+        (bzimage(bz2.compress(pvh_elf())[:-100] + bytes(4)), "its bzip2 payload is damaged"),
+        (bzimage(b"\x28\xb5\x2f\xfd" + bytes(60) + b"\0\1\0\0"), "its zstd payload is damaged"),
+        (bzimage(b"\x02\x21\x4c\x18\x10\0\0\0" + b"\xff" * 16 + b"\0\1\0\0"), "its lz4 payload is damaged"),
+    ],
+)
+def test_refused_with_the_reason(data: bytes, reason: str, tmp_path: Path) -> None:
+    path = written(tmp_path, data)
+    with pytest.raises(OperatorError) as refused:
+        kernel_image.elf_image(path)
+    assert str(refused.value).startswith(f"kernel {path}: ")
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OperatorError, match="none: No such file or directory"):
+        kernel_image.elf_image(tmp_path / "none")
