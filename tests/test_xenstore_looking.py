@@ -33,7 +33,7 @@ class Loop:
 
 def looking(max_us: int = 50) -> tuple[Loop, Looking]:
     loop = Loop()
-    return loop, Looking(loop, max_us, lambda: loop.now)  # type: ignore[arg-type]
+    return loop, Looking(max_us, clock=lambda: loop.now, loop=loop)  # type: ignore[arg-type]
 
 
 def test_it_looks_for_the_window_and_no_longer() -> None:

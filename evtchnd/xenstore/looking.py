@@ -21,9 +21,13 @@ class Looking:
     """`max_us`: the longest window, 0 for none. `clock` in nanoseconds."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, max_us: int, clock: Callable[[], int] = perf_counter_ns
+        self,
+        max_us: int,
+        *,
+        clock: Callable[[], int] = perf_counter_ns,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self._loop = loop
+        self._loop = loop  # None: the one that runs when the first client comes
         self._clock = clock
         self._max = max_us * 1000
         self._window = self._max
@@ -52,7 +56,12 @@ class Looking:
             self._window = self._max
         self._fresh = True
         if self._handle is None:
-            self._handle = self._loop.call_soon(self._look)
+            self._soon()
+
+    def _soon(self) -> None:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        self._handle = self._loop.call_soon(self._look)
 
     def _look(self) -> None:
         now = self._clock()
@@ -61,7 +70,7 @@ class Looking:
             self._fresh = False
             self._until = now + self._window
         if now < self._until:
-            self._handle = self._loop.call_soon(self._look)
+            self._soon()
             return
         self._handle = None
         self._window //= 2

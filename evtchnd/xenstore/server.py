@@ -145,12 +145,12 @@ class Server(LocalAccess):
     """The daemon's XenStore, on the loop's thread. Its own `write`, `read`, `ls`, ... are those of LocalAccess."""
 
     def __init__(self, store: XenStore | None = None, *, quotas: Quotas | None = None, poll_us: int = 0) -> None:
-        """On the running loop. poll_us: how long it looks for the next request before it sleeps (looking.py)."""
+        """poll_us: how long it looks for the next request before it sleeps (looking.py)."""
         self.store = XenStore(quotas) if store is None else store
         super().__init__(self.store, self.store.connect(0))
         self.connections: dict[Connection, SocketConnection | RingConnection] = {}
         self.turns = Turns(self.flush)
-        self.looking = Looking(asyncio.get_running_loop(), poll_us)
+        self.looking = Looking(poll_us)
         self.store.later = self.turns.walk
         self._listeners: list[asyncio.Server] = []
         self._paths: list[Path] = []
