@@ -56,6 +56,7 @@ class EvtchndGuest:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._socket: socket.socket | None = None
         self._driven: Driven | None = None
+        self._counted: dict[str, int] = {}
 
     @property
     def console(self) -> Driven:
@@ -66,9 +67,19 @@ class EvtchndGuest:
 
     def pids(self) -> list[int]:
         """Whose CPU time is this side's: VMM, control plane and worker."""
+        return [self._process.pid, self._daemon.pid, self._info()["worker"]["pid"]]
+
+    def counters(self) -> dict[str, int]:
+        """The disks' kicks, wake-ups of the worker for them, and notifications, since the last call."""
+        disks = [device["counters"] for device in self._info()["devices"] if device["kind"] == "vbd"]
+        counts = {name: sum(disk[name] for disk in disks) for name in ("kicks", "wakeups", "notifications")}
+        gained = {name: count - self._counted.get(name, 0) for name, count in counts.items()}
+        self._counted = counts
+        return gained
+
+    def _info(self) -> Any:
         with Client(self._daemon.runtime / "control.sock") as client:
-            worker = client.call("io.evtchnd.Info", domid=DOMID)["worker"]["pid"]
-        return [self._process.pid, self._daemon.pid, worker]
+            return client.call("io.evtchnd.Info", domid=DOMID)
 
     def booted(self, seconds: float) -> float:
         """Seconds from the start of the VMM to the first line of the guest's init. HostError with what it said."""

@@ -37,7 +37,7 @@ IMAGE_BYTES = 256 << 20
 MEMORY_MIB = 512
 APPEND = "console=hvc0 quiet root=/dev/xvda ro driven"
 # The lab is emulated: everything takes about ten times as long, and so does what a polling window has to span.
-CONFIG = "[poll]\nmax_us = 500\n"
+POLL_US = 500
 BOOT_S, JOB_S = 120.0, 120.0
 Side = EvtchndGuest | QemuGuest
 
@@ -102,6 +102,8 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="boots of each guest, and runs of each job (%(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a job (%(default)s)")
+    parser.add_argument("--vcpus", type=int, default=1, help="of each guest (%(default)s)")
+    parser.add_argument("--poll-us", type=int, default=POLL_US, help="polling window of both backends (%(default)s)")
     parser.add_argument("--sides", default=",".join(SIDES), metavar="LIST", help="of %(default)s")
 
 
@@ -115,8 +117,9 @@ def run(arguments: argparse.Namespace) -> Report:
         if wakeupkvm.has_xen():
             measure(report, sides, arguments)
         else:
-            options = f"--rounds {arguments.rounds} --seconds {arguments.seconds} --sides {arguments.sides}"
-            found = lab.run_inside("guest", options)
+            names = ("rounds", "seconds", "vcpus", "poll_us", "sides")
+            options = [f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in names]
+            found = lab.run_inside("guest", *options)
             report.machines["lab"] = found["machine"]
             report.rounds += found["rounds"]
             report.skipped |= found["skipped"]
@@ -143,12 +146,13 @@ def measure(report: Report, sides: list[str], arguments: argparse.Namespace) -> 
             "append": APPEND,
             "disks": [Disk("xvda", root, readonly=True), Disk("xvdb", data)],
             "memory_mib": MEMORY_MIB,
+            "vcpus": arguments.vcpus,
         }
         starts: dict[str, Callable[[], Side]] = {
-            "qemu": lambda: QemuGuest(found["qemu"], folder, **given),
+            "qemu": lambda: QemuGuest(found["qemu"], folder, poll_us=arguments.poll_us, **given),
         }
         if "evtchnd" in sides:
-            daemon = Daemon(folder, CONFIG)
+            daemon = Daemon(folder, f"[poll]\nmax_us = {arguments.poll_us}\n")
             stack.callback(daemon.stop)
             starts["evtchnd"] = lambda: EvtchndGuest(daemon, folder, **given)
         for number in range(arguments.rounds):
@@ -175,6 +179,7 @@ def one_round(report: Report, number: int, starts: dict[str, Callable[[], Side]]
 def read(guest: Side, job: Job, seconds: float) -> dict[str, float]:
     """One reading: what fio saw, and what the host spent from its begin to its end."""
     pids = guest.pids()
+    guest.counters()
     guest.console.send(job.command(seconds))
     guest.console.wait("@@ begin", JOB_S)
     before, busy = _cpu_us(pids), _busy_us()
@@ -188,6 +193,7 @@ def read(guest: Side, job: Job, seconds: float) -> dict[str, float]:
         raise HostError(f"fio's {job.name} on {guest.side}: error {done['error']}")
     way = done["write" if "write" in job.rw else "read"]
     percentiles = way["clat_ns"]["percentile"]
+    counted = {f"{name}_per_io": count / way["total_ios"] for name, count in guest.counters().items()}
     return {
         "ios": way["total_ios"],
         "iops": way["iops"],
@@ -196,6 +202,7 @@ def read(guest: Side, job: Job, seconds: float) -> dict[str, float]:
         "p99_us": percentiles["99.000000"] / 1000,
         "cpu_us_per_io": spent / way["total_ios"],
         "machine_cpu_us_per_io": busy / way["total_ios"],
+        **counted,
     }
 
 

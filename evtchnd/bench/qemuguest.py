@@ -48,9 +48,11 @@ class QemuGuest:
         disks: Sequence[Disk],
         memory_mib: int,
         vcpus: int = 1,
+        poll_us: int = 32,
     ) -> None:
         command = [*qemu, "-nodefaults", "-display", "none", "-no-reboot", "-M", "pc", "-accel", XEN, "-cpu", "host"]
-        command += ["-smp", str(vcpus), "-m", str(memory_mib), "-object", "iothread,id=io"]
+        command += ["-smp", str(vcpus), "-m", str(memory_mib)]
+        command += ["-object", f"iothread,id=io,poll-max-ns={poll_us * 1000}"]
         command += ["-kernel", str(kernel), "-initrd", str(initramfs), "-append", append]
         command += ["-chardev", "stdio,id=console,signal=off", "-device", "xen-console,chardev=console"]
         for disk in disks:
@@ -69,6 +71,10 @@ class QemuGuest:
     def pids(self) -> list[int]:
         """Whose CPU time is this side's: all of QEMU is one process."""
         return [self._process.pid]
+
+    def counters(self) -> dict[str, int]:
+        """QEMU counts no events."""
+        return {}
 
     def booted(self, seconds: float) -> float:
         """Seconds from the start of QEMU to the first line of the guest's init. HostError with what it said."""
