@@ -35,12 +35,17 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        (self.folder / "control.sock").unlink(missing_ok=True)
+        before = self.served()
         command = [sys.executable, "-m", "evtchnd", "--config", str(self.folder / "evtchnd.toml")]
         command += ["--runtime-dir", str(self.folder), "--state-fd", str(self.state)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stderr=log, pass_fds=[self.state], cwd=ROOT)
-        until((self.folder / "control.sock").exists)
+        # its sockets are there before it has read its log
+        until(lambda: self.served() > before)
+
+    def served(self) -> int:
+        """How often it has been ready."""
+        return self.text().count(" serves in ") if self.log.exists() else 0
 
     def end(self, number: signal.Signals) -> None:
         assert self.process is not None
