@@ -117,7 +117,7 @@ steps = st.lists(
 
 def contents(store: XenStore) -> dict[bytes, object]:
     """All that a client can see of the nodes."""
-    return {path: (node.value, node.perms, node.names()) for path, node in store.everything(store.tree)}
+    return {path: (node.value, node.perms, node.names()) for path, node, _ in store.everything(store.tree)}
 
 
 @given(steps)

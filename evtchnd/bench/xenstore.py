@@ -136,8 +136,8 @@ def summarise(report: Report) -> None:
         readings.setdefault(reading["cell"], []).append(reading)
     for name, taken in readings.items():
         if "p50_us" in taken[0]:
-            medians = {key: median([reading[key] for reading in taken]) for key in COLUMNS}
-            cells = {title: f"{medians[key]:.{digits}f}" for key, (title, digits) in COLUMNS.items()}
+            medians = {key: median([reading[key] for reading in taken]) for key in COLUMNS if key in taken[0]}
+            cells = {COLUMNS[key][0]: f"{value:.{COLUMNS[key][1]}f}" for key, value in medians.items()}
             report.rows.append((name, cells))
             kind, _, rest = name.partition(" ")
             report.series.setdefault(f"{kind}\np50 us", {})[rest] = medians["p50_us"]

@@ -92,6 +92,9 @@ class Load:
         reading: dict[str, Any] = json.loads(out)
         if reading["errors"]:
             raise HostError(f"{self._what}: {reading['errors']} requests were refused: {err.strip()}")
+        if self._what == "fire":
+            # what its watches cost to set is in there
+            return reading
         reading["per_second"] = reading["requests"] / reading["seconds"]
         reading["server_cpu_us"] = (self._server.cpu_us() - self._before) / reading["served"]
         return reading

@@ -242,9 +242,12 @@ class Recorder:
                 to.copy(b"".join(self._ring(conn)))
                 yield
         parts = []
-        for number, (path, node) in enumerate(store.everything(tree, ordered=False), 1):
-            specifiers = self._specifiers(node.perms)
-            parts.append(migration.pack_node(path, node.value, specifiers, _order(tree, path)))
+        perms: wire.Perms = ()
+        specifiers = b""
+        for number, (path, node, place) in enumerate(store.everything(tree, ordered=False), 1):
+            if node.perms is not perms:
+                perms, specifiers = node.perms, self._specifiers(node.perms)
+            parts.append(migration.pack_node(path, node.value, specifiers, place))
             if number % _STEP_NODES == 0:
                 to.copy(b"".join(parts))
                 parts = []

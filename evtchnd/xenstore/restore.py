@@ -251,8 +251,12 @@ def stream(store: XenStore) -> Generator[bytes, None, None]:
     head.append(_connections(store.connections))
     yield b"".join(head)
     parts = []
-    for number, (path, node) in enumerate(store.everything(tree), 1):
-        parts.append(migration.pack_node(path, node.value, migration.pack_perms(node.perms)))
+    perms: Perms = ()
+    specifiers = b""
+    for number, (path, node, _) in enumerate(store.everything(tree), 1):
+        if node.perms is not perms:
+            perms, specifiers = node.perms, migration.pack_perms(node.perms)
+        parts.append(migration.pack_node(path, node.value, specifiers))
         if number % _STEP_NODES == 0:
             yield b"".join(parts)
             parts = []

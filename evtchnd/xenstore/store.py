@@ -362,12 +362,14 @@ class XenStore:
         owned: dict[int, int] = defaultdict(int)
         sizes: dict[int, int] = defaultdict(int)
         count = 0
-        for path, node in self.everything(tree, ordered=False):
+        for path, node, _ in self.everything(tree, ordered=False):
             count += 1
             if count % _STEP == 0:
                 yield
             perms = node.perms
             owner = perms[0][0]
+            if owner == 0 and len(perms) == 1:
+                continue  # nobody's account
             owned[owner] += 1
             sizes[owner] += node_size(path, node.value, perms)
             for domid, _ in perms:
@@ -405,10 +407,10 @@ class XenStore:
             faults.append(f"{self.contention.open} transactions counted, connections have {transactions}")
         return faults
 
-    def everything(self, tree: Tree, *, ordered: bool = True) -> Iterator[tuple[bytes, Node]]:
-        """All nodes as Tree.walk has them, and the special ones."""
-        yield from tree.walk(ordered=ordered)
+    def everything(self, tree: Tree, *, ordered: bool = True) -> Iterator[tuple[bytes, Node, int]]:
+        """All nodes as Tree.places has them, and the special ones."""
+        yield from tree.places(ordered=ordered)
         for path in (INTRODUCED, RELEASED):
             node = tree.get(path)
             if node is not None:
-                yield path, node
+                yield path, node, 0

@@ -115,6 +115,16 @@ class PMap(Generic[V]):
     def items(self) -> list[tuple[bytes, V]]:
         return _entries(self._root)
 
+    def lazily(self) -> Iterator[tuple[bytes, V]]:
+        """`items()`, of a leaf at a time: the first of a million come as fast as those of a hundred."""
+        pending = [self._root]
+        while pending:
+            node = pending.pop()
+            if type(node) is dict:
+                yield from node.items()
+            else:
+                pending += node
+
 
 def _split(leaf: dict[bytes, Any], shift: int) -> list[Any]:
     parts: list[dict[bytes, Any]] = [{} for _ in range(_FANOUT)]
@@ -161,9 +171,10 @@ class Node:
         """Names and what they are ordered by."""
         if self.children is None:
             return iter(())
+        if not ordered:
+            return self.children.lazily()
         found = self.children.items()
-        if ordered:
-            found.sort(key=itemgetter(1))
+        found.sort(key=itemgetter(1))
         return iter(found)
 
     def listing(self) -> bytes:
@@ -217,26 +228,30 @@ class Tree(PMap[Node]):
         children = siblings if len(siblings) else None
         return Tree(*tree._put(above, Node(parent.value, parent.perms, children, generation)))
 
-    def walk(self, path: bytes = b"/", *, ordered: bool = True) -> Iterator[tuple[bytes, Node]]:
-        """A node and all below it, parents first. Without recursion: a guest may nest 1,000 levels.
+    def walk(self, path: bytes = b"/") -> Iterator[tuple[bytes, Node]]:
+        """A node and all below it, parents first, siblings in the order of their creation."""
+        return ((path, node) for path, node, _ in self.places(path))
 
-        ordered: siblings in the order of their creation, which takes 3 ms for 10,000 of them at once.
+    def places(self, path: bytes = b"/", *, ordered: bool = True) -> Iterator[tuple[bytes, Node, int]]:
+        """`walk`, with each node's place: its siblings' order goes by it (that of `path` itself is 0).
+
+        Without recursion: a guest may nest 1,000 levels. ordered: takes 3 ms for 10,000 siblings at once.
         """
         node = self.get(path)
         if node is None:
             return
-        yield path, node
-        pending = [(path, node.entries(ordered))]
+        yield path, node, 0
+        pending = [(path.rstrip(b"/") + b"/", node.entries(ordered))]
         while pending:
             above, names = pending[-1]
-            for name, _ in names:
-                path = wire.child_of(above, name)
+            for name, place in names:
+                path = above + name
                 node = self.get(path)
                 if node is None:
                     continue
-                yield path, node
+                yield path, node, place
                 if node.children is not None:
-                    pending.append((path, node.entries(ordered)))
+                    pending.append((path + b"/", node.entries(ordered)))
                     break
             else:
                 pending.pop()

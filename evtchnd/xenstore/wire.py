@@ -175,11 +175,6 @@ def parent_of(path: bytes) -> bytes:
     return path[:at] if at > 0 else b"/"
 
 
-def child_of(path: bytes, name: bytes) -> bytes:
-    """The path of the child `name`."""
-    return b"/" + name if path == b"/" else path + b"/" + name
-
-
 def strings(payload: bytes) -> list[bytes]:
     """The NUL-ended strings of a payload; what follows the last NUL is dropped, as the C server does."""
     return payload.split(b"\0")[:-1]
