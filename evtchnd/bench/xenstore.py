@@ -2,8 +2,9 @@
 
 The server's process has evtchnd's XenStore server on uvloop and nothing else, its log included; the echo server is a
 uvloop Protocol that sends back what it gets. Both get the same bytes from the same C program (xenstoreload.c), which
-runs on the other CPU. Stores of three sizes serve at the same time, so that all that is compared is read in turns, each
-for some tens of milliseconds: a shared machine's speed changes within a second.
+runs on the other CPU. With --xenstored Xen's own server in C (xenstored.py) is asked the same. Stores of three sizes
+serve at the same time, so that all that is compared is read in turns, each for some tens of milliseconds: a shared
+machine's speed changes within a second.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any
 
 from evtchnd.bench.report import Report, median
 from evtchnd.bench.wakeupserved import build
+from evtchnd.bench.xenstored import Xenstored
 from evtchnd.bench.xenstorefill import GUESTS
 from evtchnd.bench.xenstoreserved import Load, Server
 
 SOURCE = Path(__file__).with_name("xenstoreload.c")
-ECHO, SMALL, MIDDLE, LARGE = "echo", "1k", "100k", "1m"
+ECHO, SMALL, MIDDLE, LARGE, PEER = "echo", "1k", "100k", "1m", "xenstored"
 NODES = {ECHO: -1, SMALL: 1_000, MIDDLE: 100_000, LARGE: 1_000_000}
 STORM = {"op": "write", "clients": 10, "depth": 32, "ms": 60_000}
 
@@ -42,7 +44,7 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """In the order of one round: what is compared lies side by side."""
     for op, share in (("read", 1.0), ("write", 1.0), ("rmw", 0.25), ("mkdirrm", 0.5), ("directory", 0.25)):
-        for server in (ECHO, SMALL):
+        for server in (ECHO, SMALL, PEER):
             yield Cell(f"{op} {server}", server, {"op": op, "nodes": 1000}, share)
     for server in (SMALL, MIDDLE, LARGE):
         yield Cell(f"read random {server}", server, {"op": "read", "nodes": NODES[server]})
@@ -50,10 +52,14 @@ def cells() -> Iterator[Cell]:
         yield Cell(f"write siblings {siblings}", MIDDLE, {"op": "write", "siblings": siblings})
     for watches in (1, 100, 10_000):
         yield Cell(f"fire watches {watches}", SMALL, {"op": "fire", "watches": watches}, every=3)
+    yield Cell("fire watches 100 xenstored", PEER, {"op": "fire", "watches": 100}, every=3)
     for clients in (1, 16, 64):
         for op in ("read", "write"):
             words = {"op": op, "nodes": NODES[MIDDLE], "clients": clients}
             yield Cell(f"{op} clients {clients}", MIDDLE, words, 4 / clients if clients > 1 else 1, every=3)
+            words = {**words, "nodes": NODES[SMALL]}
+            if clients == 16:
+                yield Cell(f"{op} clients {clients} xenstored", PEER, words, 4 / clients, every=3)
     for stormed in (False, True):
         words = {"op": "read", "nodes": NODES[MIDDLE], "gap_us": 200, "fifo": 1}
         yield Cell(f"quiet {'storm' if stormed else 'alone'}", MIDDLE, words, 2, every=3, stormed=stormed)
@@ -85,6 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=45, help="readings of each cell (%(default)s)")
     parser.add_argument("--ops", type=int, default=500, help="operations of a reading, about (%(default)s)")
     parser.add_argument(
+        "--xenstored",
+        metavar="PROGRAM",
+        help="Xen's, as a peer: /usr/lib/xen-4.17/bin/xenstored of Debian's xen-utils-4.17",
+    )
+    parser.add_argument(
         "--nodes", type=int, default=NODES[LARGE], help="of the largest store: for a short run (%(default)s)"
     )
 
@@ -100,17 +111,20 @@ def run(arguments: argparse.Namespace) -> Report:
             summarise(report)
             return report
         sizes = {name: min(nodes, arguments.nodes) for name, nodes in NODES.items()}
-        servers = {name: stack.enter_context(Server(folder / name, nodes)) for name, nodes in sizes.items()}
+        servers: dict[str, Any] = {name: stack.enter_context(Server(folder / name, n)) for name, n in sizes.items()}
+        if arguments.xenstored:
+            (folder / PEER).mkdir()
+            servers[PEER] = stack.enter_context(Xenstored(arguments.xenstored, folder / PEER))
         for name in (SMALL, MIDDLE, LARGE):
             report.rounds.append({"cell": f"filled {name}", **servers[name].filled})
         for number in range(arguments.rounds):
             # who goes first changes every round: neither side always meets the warmer machine
             for cell in list(cells())[:: 1 if number % 2 == 0 else -1]:
-                if number % cell.every:
+                if number % cell.every or cell.server not in servers:
                     continue
                 words = {"ops": max(int(arguments.ops * cell.share), 10), **cell.words, "seed": number + 1}
                 if "nodes" in words:
-                    words["nodes"] = min(words["nodes"], sizes[cell.server if cell.server != ECHO else SMALL])
+                    words["nodes"] = min(words["nodes"], sizes[SMALL if cell.server in (ECHO, PEER) else cell.server])
                 reading = read(program, servers[cell.server], words, stormed=cell.stormed)
                 report.rounds.append({"round": number, "cell": cell.name, **reading})
             if number % 9 == 0:

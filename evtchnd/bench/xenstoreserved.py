@@ -8,11 +8,25 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from evtchnd.bench.wakeupserved import BACK_CPU, END_S, FRONT_CPU
 from evtchnd.bench.xenstoreserver import Given
 from evtchnd.errors import HostError
+
+
+def cpu_us(pid: int) -> float:
+    """CPU time of all threads of a process so far, in microseconds (the scheduler's own nanoseconds)."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(path.read_text().split()[0]) for path in tasks) / 1000
+
+
+class Served(Protocol):
+    """A server process that listens at `path`."""
+
+    path: Path
+
+    def cpu_us(self) -> float: ...
 
 
 class Server:
@@ -44,9 +58,7 @@ class Server:
         return told
 
     def cpu_us(self) -> float:
-        """CPU time of all its threads so far, in microseconds (the scheduler's own nanoseconds)."""
-        tasks = Path(f"/proc/{self._process.pid}/task").glob("*/schedstat")
-        return sum(int(path.read_text().split()[0]) for path in tasks) / 1000
+        return cpu_us(self._process.pid)
 
     def close(self) -> None:
         self._process.terminate()
@@ -66,7 +78,7 @@ class Server:
 class Load:
     """xenstoreload.c, running: from its construction to `result()`."""
 
-    def __init__(self, program: Path, server: Server, words: dict[str, Any]) -> None:
+    def __init__(self, program: Path, server: Served, words: dict[str, Any]) -> None:
         self._server = server
         self._what = words["op"]
         self._before = server.cpu_us()
