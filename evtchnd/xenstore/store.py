@@ -252,8 +252,10 @@ class XenStore:
             tree, before, events = now.tree, now.changes, now.events
             now.changes, now.events, now.growth = {}, {}, {}
         else:
-            tree, events = view.merged(self.tree), view.events
+            tree = view.merged(self.tree)
             before = {path: self.tree.get(path) for path in view.changes}
+            # what was made and removed again was never there
+            events = {path: subtree for path, subtree in view.events.items() if before.get(path) or tree.get(path)}
         if self.recorder is not None and before:
             self.recorder.nodes(before, tree)
         now.base = now.tree = tree
