@@ -57,9 +57,11 @@ def private_bytes() -> int:
 async def walk(server: Server) -> dict[str, Any]:
     """`check` of the whole store, then a dump of it into the log's other area: the longer of both times, the longest
     pause of the loop."""
-    recorder = server.store.recorder
-    walks = [server.store.check_steps(), *([] if recorder is None else [recorder.copy()])]
-    taken = [await timed(server, steps) for steps in walks]
+    taken = [await timed(server, server.store.check_steps())]
+    if (recorder := server.store.recorder) is not None:
+        while (copying := recorder.compact()) is None:
+            await asyncio.sleep(0.01)
+        taken.append(await timed(server, copying))
     return {"nodes": len(server.store.tree), **{key: max(one[key] for one in taken) for key in taken[0]}}
 
 

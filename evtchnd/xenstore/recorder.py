@@ -105,9 +105,7 @@ class Recorder:
             return
         if self._store.generation >= self.generation_limit:
             self.generation_limit = self.log.reserve(self._store.generation)
-        if self.log.used > 2 * self._kept + self._compact_bytes and not self._copying:
-            self._copying = True
-            walk = self._guarded_copy()
+        if self.log.used > 2 * self._kept + self._compact_bytes and (walk := self.compact()) is not None:
             if self._store.later is not None:
                 self._store.later(walk)
             else:
@@ -208,6 +206,13 @@ class Recorder:
         ]
 
     # ---- a shorter log
+
+    def compact(self) -> Generator[None, None, None] | None:
+        """A copy, which whoever has asked goes through; None: one is under way."""
+        if self._copying:
+            return None
+        self._copying = True
+        return self._guarded_copy()
 
     def _guarded_copy(self) -> Generator[None, None, None]:
         try:
