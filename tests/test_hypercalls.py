@@ -7,29 +7,50 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import queue
 import shutil
 import struct
 import subprocess
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from evtchnd.abi import PAGE_SIZE, Evtchnop, Evtchnstat
-from evtchnd.vmm import grant_table_op, guest_pointer, hvm_op, hypercalls, memory_op, pvh, vcpu_op, xen_version
+from evtchnd.errors import VmmError
+from evtchnd.protocol import ALL_PORTS
+from evtchnd.vmm import (
+    grant_table_op,
+    guest_pointer,
+    hvm_op,
+    hypercalls,
+    memory_op,
+    physdev,
+    pvh,
+    vcpu_context,
+    vcpu_op,
+    xen_version,
+)
 from evtchnd.vmm.channels import Channels
 from evtchnd.vmm.grant_table_op import Gnttabop, GrantFrames, GrantTableOp
 from evtchnd.vmm.guest_pointer import Layout, Pointers
 from evtchnd.vmm.hvm_op import HvmOp, Hvmop, HvmParam
-from evtchnd.vmm.hypercalls import Hypercalls, Number, Schedop
+from evtchnd.vmm.hypercalls import Hypercalls, Number, Schedop, Shutdown
 from evtchnd.vmm.kvm import RunstateTimes
 from evtchnd.vmm.memory_op import MemoryOp, Xenmem
+from evtchnd.vmm.periodic_timers import PeriodicTimers
 from evtchnd.vmm.physmap import Memory, Physmap
 from evtchnd.vmm.shared_info import SharedInfo
 from evtchnd.vmm.soft_kernel import SoftKernel
+from evtchnd.vmm.vcpu_context import VcpuContext
 from evtchnd.vmm.vcpu_op import VcpuOp, Vcpuop
 from evtchnd.vmm.xen_version import Xenver
+from test_vcpu_context import context_of_32
 
 MiB = 1 << 20
 RAM = 16 * MiB
@@ -67,6 +88,27 @@ class KvmVcpu:
 
 
 @dataclass
+class Cpu:
+    """The vCPU itself."""
+
+    up: bool
+    context: VcpuContext | None = None
+    nmis: int = 0
+
+    def is_up(self) -> bool:
+        return self.up
+
+    def set_up(self, up: bool) -> None:
+        self.up = up
+
+    def set_context(self, context: VcpuContext) -> None:
+        self.context = context
+
+    def nmi(self) -> None:
+        self.nmis += 1
+
+
+@dataclass
 class Told:
     """What the hypercalls asked of their VMM."""
 
@@ -77,6 +119,7 @@ class Told:
     vectors: list[tuple[int, ...]] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     flags: list[bool] = field(default_factory=list)
+    periods: list[tuple[int, int]] = field(default_factory=list)
     text: bytes = b""
 
 
@@ -110,6 +153,7 @@ class Guest:
         self.frames = GrantFrames(self.grants, self.ram, self.physmap, told.moved.append)
         self.frames.reserve(CONSOLE_GFN, STORE_GFN)
         self.vcpus = [KvmVcpu(), KvmVcpu()]
+        self.cpus = [Cpu(up=True), Cpu(up=False)]
         self.calls = Hypercalls(
             "domain 1 (g1)",
             self.channels,
@@ -122,7 +166,13 @@ class Guest:
                 lambda vector: told.vectors.append((vector,)),
                 lambda vcpu, vector: told.vectors.append((vcpu, vector)),
             ),
-            VcpuOp(self.vcpus, lambda vcpu, gpa: told.registered.append((vcpu, gpa)), lambda vcpu: vcpu == 0),
+            VcpuOp(
+                self.vcpus,
+                self.cpus,
+                lambda vcpu, gpa: told.registered.append((vcpu, gpa)),
+                periodic=lambda vcpu, period: told.periods.append((vcpu, period)),
+                power_off=lambda: told.ended.append(Shutdown.POWEROFF),
+            ),
             ended=self._ended,
             write=self._write,
             runstate_flag=told.flags.append,
@@ -185,6 +235,17 @@ def test_unknown_ones_are_counted_by_name_and_said_once(guest: Guest, caplog: py
         "domain 1 (g1): hypercall.44: is not there (ENOSYS)",
         "domain 1 (g1): mmu_update: is not there (ENOSYS)",
     ]
+
+
+def test_a_guest_that_tries_every_number_costs_little(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    for n in range(5000):
+        assert guest.call(1000 + n) == -errno.ENOSYS
+        assert guest.call(Number.HVM_OP, 1000 + n) == -errno.ENOSYS
+    assert guest.call(Number.XEN_VERSION, Xenver.VERSION) == 0x40011
+    assert len(guest.calls.counts) == 257
+    assert guest.calls.counts.total() == 10001
+    assert len(caplog.messages) == 257
+    assert caplog.messages[-1] == "domain 1 (g1): others: is not there (ENOSYS)"
 
 
 def test_user_mode_may_not(guest: Guest) -> None:
@@ -299,6 +360,41 @@ def test_a_grant_frame_over_ram_takes_its_entries_along(guest: Guest) -> None:
     assert guest.frames.entry(10) == (5, 1, 0x99)
 
 
+def test_a_frame_that_moves_holds_nobody_up(guest: Guest) -> None:
+    """The daemon is told of it under a lock that a soft reset takes before the table's."""
+    placed: list[tuple[int, int] | None] = []
+
+    def moved(index: int) -> None:
+        found: list[tuple[int, int]] = []
+        other = threading.Thread(target=lambda: found.append(guest.frames.place(index)), daemon=True)
+        other.start()
+        other.join(5)
+        placed.append(found[0] if found else None)
+
+    guest.frames._moved = moved
+    assert add(guest, 1, 0, 0x20) == 0
+    assert remove(guest, 0x20) == 0
+    assert placed == [(guest.ram.fd, 0x20000), (guest.grants.fd, 0)]
+
+
+def test_a_frame_that_the_daemon_refuses_is_where_it_was(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    refused = [VmmError("grant frame 0: no", errno.ENOSPC)]
+
+    def moved(index: int) -> None:
+        guest.told.moved.append(index)
+        if refused:
+            raise refused.pop()
+
+    guest.frames._moved = moved
+    assert add(guest, 1, 0, ABOVE) == 0
+    assert add(guest, 1, 0, 0x20) == -errno.ENOSPC
+    assert guest.told.moved == [0, 0]
+    assert guest.frames.place(0) == (guest.grants.fd, 0)
+    assert guest.told.slots[2] == (ABOVE * PAGE_SIZE, PAGE_SIZE)
+    assert guest.frames.entry(1) == (1, 0, STORE_GFN)
+    assert caplog.messages == ["domain 1 (g1): memory_op.add_to_physmap: grant frame 0: no"]
+
+
 @pytest.mark.parametrize(
     ("space", "index", "gfn", "error"),
     [
@@ -353,7 +449,26 @@ def test_ram_that_is_given_back_is_the_hosts(guest: Guest) -> None:
     assert reservation(guest, Xenmem.DECREASE_RESERVATION, [0x100, ABOVE, 0x101]) == 1
     assert reservation(guest, Xenmem.POPULATE_PHYSMAP, [0x100, 0x101, STORE_GFN]) == 2
     assert reservation(guest, Xenmem.DECREASE_RESERVATION, [ABOVE, 0x101], start=1) == 2
-    assert reservation(guest, Xenmem.DECREASE_RESERVATION, [0], order=60) == -errno.EINVAL
+    assert reservation(guest, Xenmem.DECREASE_RESERVATION, [0], order=10) == -errno.EINVAL
+    # all of an extent or nothing: its end is past RAM
+    guest.ram.view[RAM - PAGE_SIZE :] = b"\xaa" * PAGE_SIZE
+    assert reservation(guest, Xenmem.DECREASE_RESERVATION, [RAM // PAGE_SIZE - 1], order=1) == 0
+    assert guest.ram.view[RAM - 1] == 0xAA
+    add(guest, 0, 0, 0x107)
+    assert reservation(guest, Xenmem.DECREASE_RESERVATION, [0x100], order=3) == 0
+    assert reservation(guest, Xenmem.DECREASE_RESERVATION, [0x100, 0x108], order=2) == 2
+
+
+def test_a_long_list_is_done_in_parts(guest: Guest) -> None:
+    """Of the longest list that can be written down, whose extents are as large as they may be."""
+    arg = guest.put("QQIIH", BASE + 0x100000, (1 << 58) - 1, 9, 0, SELF)
+    guest.ram.view[0x100000:0x200000] = struct.pack("<Q", 0x400) * (MiB // 8)  # that frame, again and again
+    for op in (Xenmem.POPULATE_PHYSMAP, Xenmem.DECREASE_RESERVATION):
+        done = guest.call(Number.MEMORY_OP, op, arg)
+        assert 512 <= done < 10000
+        assert guest.call(Number.MEMORY_OP, op | done << 6, arg) == 2 * done
+    arg = guest.put("HHHHQQQ", SELF, 1, 0xFFFF, 0, BASE + 0x9000, BASE + 0x9000, BASE + 0x9000)
+    assert guest.call(Number.MEMORY_OP, Xenmem.ADD_TO_PHYSMAP_BATCH, arg) == -errno.E2BIG
 
 
 def test_how_much_memory_there_is(guest: Guest) -> None:
@@ -500,7 +615,59 @@ def test_a_vcpus_places(guest: Guest) -> None:
     assert call(Vcpuop.IS_UP, 1) == 0
     assert call(Vcpuop.GET_RUNSTATE_INFO, 0) == 0
     assert guest.get("i4x5Q") == (0, 1000, 600, 100, 300, 0)
-    assert call(Vcpuop.INITIALISE, 1) == -errno.ENOSYS
+
+
+def test_a_vcpus_start_its_ticks_and_its_nmi(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    def call(op: Vcpuop, vcpu: int, arg: int = 0) -> int:
+        return guest.call(Number.VCPU_OP, op, vcpu, arg)
+
+    # vCPU 0 is up
+    assert [call(Vcpuop.UP, n) for n in (0, 1, 2)] == [0, -errno.EINVAL, -errno.ENOENT]
+    guest.physmap.write(ARG - BASE, context_of_32(eip=0x200000, pad=1))
+    assert [call(Vcpuop.INITIALISE, n, ARG) for n in (0, 1)] == [-errno.EEXIST, -errno.EINVAL]
+    guest.physmap.write(ARG - BASE, context_of_32(eip=0x200000))
+    assert [call(Vcpuop.INITIALISE, 1, at) for at in (0, ARG, ARG)] == [-errno.EFAULT, 0, -errno.EEXIST]
+    context = guest.cpus[1].context
+    assert context is not None
+    assert context.general[8] == 0x200000
+    assert (call(Vcpuop.IS_UP, 1), call(Vcpuop.UP, 1), call(Vcpuop.IS_UP, 1)) == (0, 0, 1)
+    assert (call(Vcpuop.DOWN, 0), call(Vcpuop.IS_UP, 0)) == (0, 0)
+    assert not guest.told.ended
+    assert call(Vcpuop.DOWN, 1) == 0  # the last
+    assert guest.told.ended == [Shutdown.POWEROFF]
+    assert (call(Vcpuop.UP, 0), call(Vcpuop.IS_UP, 0)) == (0, 1)
+    caplog.clear()
+    for period, result in ((999_999, -errno.EINVAL), (10_000_000, 0), (1 << 62, -errno.EINVAL)):
+        assert call(Vcpuop.SET_PERIODIC_TIMER, 1, guest.put("Q", period)) == result
+    assert call(Vcpuop.STOP_PERIODIC_TIMER, 1) == 0
+    assert guest.told.periods == [(1, 10_000_000), (1, 0)]
+    assert call(Vcpuop.SEND_NMI, 1) == 0
+    assert call(Vcpuop.SEND_NMI, 1, ARG) == -errno.EINVAL
+    assert [cpu.nmis for cpu in guest.cpus] == [0, 1]
+    assert call(Vcpuop.GET_PHYSID, 0, ARG) == -errno.EINVAL
+    assert not caplog.messages
+
+
+def test_ticks_come_until_they_are_stopped() -> None:
+    ticks: queue.Queue[int] = queue.Queue()
+    timers = PeriodicTimers(ticks.put, "g1")
+    try:
+        timers.set(0, 1_000_000)
+        timers.set(1, 1_000_000)
+        seen = Counter(ticks.get(timeout=10) for _ in range(20))
+        assert seen[0] >= 2
+        assert seen[1] >= 2
+        for period in (0, 3600 * 10**9):
+            timers.set(0, 1_000_000)
+            timers.set(0, period)
+            while not ticks.empty():
+                ticks.get()
+            ticks.get(timeout=10)  # one may have been under way
+            assert {ticks.get(timeout=10) for _ in range(10)} == {1}
+    finally:
+        timers.close()
+    assert timers._thread is not None
+    assert not timers._thread.is_alive()
 
 
 def test_a_timer_is_kvms_once_the_guest_hears_it(guest: Guest) -> None:
@@ -542,6 +709,28 @@ def test_event_channels_by_pointer(guest: Guest) -> None:
     assert guest.calls.counts["event_channel_op.send"] == 1
 
 
+def test_what_the_kernel_refuses_of_a_call_leaves_the_rest(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed: list[int] = []
+    guest.channels.client = SimpleNamespace(port_closed=closed.append)  # type: ignore[assignment]
+
+    def refused(*_: int) -> None:
+        raise OSError(errno.EINVAL, "no vcpu_info")
+
+    for port in (1, 2):
+        if port == 2:
+            guest.channels.ports.reserve(2)
+        (notify,) = guest.channels.bind([(port, os.eventfd(0))])
+        assert notify >= 0
+    for name in ("clear", "raise_event"):
+        monkeypatch.setattr(guest.channels.kernel, name, refused)
+    assert guest.call(Number.EVENT_CHANNEL_OP, Evtchnop.RESET, guest.put("H", SELF)) == 0
+    assert closed == [ALL_PORTS]
+    assert caplog.messages[0] == "domain 1: port 1: clear: no vcpu_info"
+    assert guest.call(Number.EVENT_CHANNEL_OP, Evtchnop.BIND_IPI, guest.put("II", 0, 0)) == 0
+
+
 def test_shutting_down(guest: Guest) -> None:
     for reason in (0, 1, 3, 5):
         assert guest.call(Number.SCHED_OP, Schedop.SHUTDOWN, guest.put("I", reason)) == 0
@@ -552,6 +741,22 @@ def test_shutting_down(guest: Guest) -> None:
     assert guest.call(Number.SCHED_OP, Schedop.POLL, ARG) == 0
     assert guest.call(Number.SCHED_OP, Schedop.WATCHDOG, ARG) == -errno.ENOSYS
     assert guest.told.ended == [0, 1, 3, 5]
+
+
+def test_a_shutdown_code_is_the_reason_of_what_follows(guest: Guest) -> None:
+    def call(op: Schedop, reason: int) -> int:
+        return guest.call(Number.SCHED_OP, op, guest.put("I", reason))
+
+    assert guest.calls.reason(Shutdown.REBOOT) is Shutdown.REBOOT
+    assert call(Schedop.SHUTDOWN_CODE, 9) == -errno.EINVAL
+    assert call(Schedop.SHUTDOWN_CODE, Shutdown.CRASH) == 0
+    assert call(Schedop.SHUTDOWN_CODE, Shutdown.POWEROFF) == 0  # the first stays
+    assert guest.calls.reason(Shutdown.REBOOT) is Shutdown.CRASH
+    assert call(Schedop.SHUTDOWN, Shutdown.REBOOT) == 0
+    assert guest.told.ended == [Shutdown.CRASH]
+    assert call(Schedop.SHUTDOWN, Shutdown.SUSPEND) == 0  # it has gone on
+    assert guest.told.ended == [Shutdown.CRASH, Shutdown.SUSPEND]
+    assert guest.call(Number.SCHED_OP, Schedop.SHUTDOWN_CODE, 0) == -errno.EFAULT
 
 
 def test_what_the_guest_says(guest: Guest) -> None:
@@ -575,6 +780,11 @@ def test_pirqs(guest: Guest) -> None:
     assert guest.call(Number.PHYSDEV_OP, 23, guest.put("iI", 1, 0)) == 0  # get_free_pirq
     assert guest.get("iI") == (1, 16)
     assert guest.call(Number.PHYSDEV_OP, 12, ARG) == -errno.ENOSYS
+    for wide, form in ((True, "H2x6i4xQ"), (False, "H2x6iQ")):
+        last = BASE + RAM - struct.calcsize("<" + form)  # nothing behind it is read or written
+        guest.put(form, SELF, 0, -1, -1, 0, 8, 3, 0xFEE00000, at=last)
+        assert guest.call(Number.PHYSDEV_OP, 13, last, long_mode=wide) == 0  # map_pirq
+        assert guest.get(form, last) == (SELF, 0, -1, 17 + (not wide), 0, 8, 3, 0xFEE00000)
 
 
 # ---- layouts -----------------------------------------------------------------------------------------------------
@@ -597,12 +807,21 @@ STRUCTS: list[tuple[str, Layout]] = [
     ("struct xen_hvm_evtchn_upcall_vector", hvm_op._UPCALL_VECTOR),
     ("struct vcpu_register_vcpu_info", vcpu_op._REGISTER_INFO),
     ("struct vcpu_set_singleshot_timer", vcpu_op._SINGLESHOT),
+    ("struct vcpu_set_periodic_timer", vcpu_op._PERIODIC),
     ("struct vcpu_runstate_info", vcpu_op._RUNSTATE),
+    ("struct physdev_map_pirq", physdev._MAP),
+    ("struct physdev_unmap_pirq", physdev._UNMAP),
+    ("struct physdev_get_free_pirq", physdev._FREE),
+    ("struct vcpu_hvm_context", Layout(f"{vcpu_context.CONTEXT_SIZE}s")),
     ("struct sched_shutdown", hypercalls._SHUTDOWN),
     ("struct sched_remote_shutdown", hypercalls._REMOTE_SHUTDOWN),
     ("struct multicall_entry", hypercalls._MULTICALL),
 ]
 OFFSETS = [
+    ("struct vcpu_hvm_context", "cpu_regs.x86_32.cr0", 48, 48),
+    ("struct vcpu_hvm_context", "cpu_regs.x86_32.efer", 64, 64),
+    ("struct vcpu_hvm_context", "cpu_regs.x86_32.tr_ar", 120, 120),
+    ("struct vcpu_hvm_context", "cpu_regs.x86_64.efer", 112, 112),
     ("struct xen_memory_map", "buffer", 8, 4),
     ("struct xen_add_to_physmap", "gpfn", 16, 12),
     ("struct xen_add_to_physmap_batch", "idxs", 8, 8),
@@ -619,6 +838,8 @@ OFFSETS = [
     ("struct xen_hvm_param", "value", 8, 8),
     ("struct vcpu_register_vcpu_info", "offset", 8, 8),
     ("struct vcpu_runstate_info", "state_entry_time", 8, 4),
+    ("struct physdev_map_pirq", "entry_nr", 24, 24),
+    ("struct physdev_map_pirq", "table_base", 32, 28),
     ("struct multicall_entry", "args", 16, 8),
 ]
 
@@ -628,7 +849,18 @@ def test_layouts_are_those_of_xens_headers(bits: int, tmp_path: Path) -> None:
     if not shutil.which("gcc") or not Path("/usr/include/xen/memory.h").exists():
         pytest.skip("no gcc or no libxen-dev")
     wide = bits == 64
-    headers = ["xen", "version", "memory", "grant_table", "vcpu", "sched", "hvm/hvm_op", "hvm/params"]
+    headers = [
+        "xen",
+        "version",
+        "memory",
+        "grant_table",
+        "vcpu",
+        "sched",
+        "physdev",
+        "hvm/hvm_op",
+        "hvm/params",
+        "hvm/hvm_vcpu",
+    ]
     lines = ["#define __XEN_INTERFACE_VERSION__ 0x00040e00", "#include <stdint.h>", "#include <stddef.h>"]
     lines += [f"#include <xen/{header}.h>" for header in headers]
     sizes = {name: layout.of(wide).size for name, layout in STRUCTS}

@@ -18,7 +18,7 @@ from evtchnd.errors import OperatorError
 from evtchnd.vmm import elf, kernel_image
 
 # what the kernel's build calls (scripts/Makefile.lib); the last 4 bytes of the payload are the size, but for gzip
-PACKINGS = ["plain", "gzip", "bzip2", "xz", "lzma", "lz4", "zstd"]
+PACKINGS = ["plain", "gzip", "bzip2", "xz", "lzma", "lz4", "lzo", "zstd"]
 
 
 def pvh_elf(
@@ -60,10 +60,11 @@ def packed(image: bytes, how: str, folder: Path) -> bytes:
             return lzma.compress(image, check=lzma.CHECK_CRC32, filters=filters) + size
         case "lzma":
             return lzma.compress(image, format=lzma.FORMAT_ALONE) + size
-    if not shutil.which(how):
-        pytest.skip(f"no {how} here: apt-get install {how}")
+    commands = {"lz4": ["lz4", "-l", "-9", "-q"], "lzo": ["lzop", "-9"], "zstd": ["zstd", "-q", "-19"]}
+    command = commands[how]
+    if not shutil.which(command[0]):
+        pytest.skip(f"no {command[0]} here: apt-get install {command[0]}")
     (folder / "image").write_bytes(image)
-    command = ["lz4", "-l", "-9", "-q"] if how == "lz4" else ["zstd", "-q", "-19"]
     with (folder / "image").open("rb") as file:
         done = subprocess.run([*command, "-c", "-"], stdin=file, stdout=subprocess.PIPE, check=True)
     return done.stdout + size
@@ -154,7 +155,8 @@ GZIP = gzip.compress(pvh_elf())
         (bzimage(GZIP)[:4000], "cut off"),
         (bzimage(b""), "cut off"),
         (bzimage(GZIP, version=0x0207), "older than 2.08"),
-        (bzimage(b"\x89LZO" + bytes(50)), "packed with lzo, for which there is no library here"),
+        (bzimage(b"\x89LZO" + bytes(50)), "its lzo payload is damaged: a header of lzop's version 0x0"),
+        (bzimage(b"\x89LZO" + bytes(10)), "its lzo payload is damaged"),
         (bzimage(b"what?" + bytes(50)), "no packing that is known"),
         (bzimage(GZIP[:-200] + bytes(200)), "its gzip payload is damaged"),
         (bzimage(GZIP[:-4] + bytes(3) + b"\1"), "its gzip payload is damaged"),
@@ -171,6 +173,38 @@ def test_refused_with_the_reason(data: bytes, reason: str, tmp_path: Path) -> No
     assert str(refused.value).startswith(f"kernel {path}: ")
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("options", [[], ["--crc32"], ["-F"], ["-1", "-n"]])
+def test_what_lzop_makes(options: list[str], tmp_path: Path) -> None:
+    """Blocks that it packs and such that it leaves as they are; a damaged one is found, where it has a checksum."""
+    if not shutil.which("lzop"):
+        pytest.skip("no lzop here: apt-get install lzop")
+    image = pvh_elf(size=300_000) + b"again and again " * 30_000
+    (tmp_path / "image").write_bytes(image)
+    command = ["lzop", *options, "-c", tmp_path / "image"]
+    data = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    assert kernel_image.unpack(data, sized=False) == image
+    if "-F" not in options:
+        with pytest.raises(OperatorError, match="its lzo payload is damaged: the checksum of the block at byte"):
+            kernel_image.unpack(data[:1000] + bytes((data[1000] ^ 1,)) + data[1001:], sized=False)
+    for end in (20, 30, 36, 1000, len(data) - 5, len(data) - 1):
+        with pytest.raises(OperatorError, match="its lzo payload is damaged"):
+            kernel_image.unpack(data[:end], sized=False)
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_image.ctypes, "CDLL", _no_library)
+    for magic, line in (
+        (b"\x89LZO", "liblzo2.so.2 is missing: install Debian's liblzo2-2"),
+        (b"\x02\x21\x4c\x18", "liblz4.so.1 is missing: install Debian's liblz4-1"),
+    ):
+        with pytest.raises(OperatorError, match=f"^{line}$"):
+            kernel_image.unpack(magic + bytes(50), sized=False)
+
+
+def _no_library(name: str) -> None:
+    raise OSError(f"{name}: cannot open shared object file")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

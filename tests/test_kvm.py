@@ -10,6 +10,7 @@ import select
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,7 +81,11 @@ CALLS = {
     "KVM_SET_SREGS": kvm_machine._SET_SREGS,
     "KVM_SET_SIGNAL_MASK": kvm_machine._SET_SIGNAL_MASK,
     "KVM_SET_CPUID2": kvm_machine._SET_CPUID2,
+    "KVM_GET_MP_STATE": kvm_machine._GET_MP_STATE,
     "KVM_SET_MP_STATE": kvm_machine._SET_MP_STATE,
+    "KVM_GET_REGS": kvm_machine._GET_REGS,
+    "KVM_NMI": kvm_machine._NMI,
+    "KVM_GET_VCPU_EVENTS": kvm_machine._GET_VCPU_EVENTS,
     "KVM_CHECK_EXTENSION": kvm._CHECK_EXTENSION,
     "KVM_SET_GSI_ROUTING": kvm_irq._SET_GSI_ROUTING,
     "KVM_IRQFD": kvm_irq._IRQFD,
@@ -315,3 +320,47 @@ def test_a_vmm_leaves_nothing(daemon: Daemon) -> None:  # noqa: F811
 def test_the_agent_fits() -> None:
     assert len(agent()) <= kvm_agent._COUNTS - kvm_agent._CODE
     assert struct.calcsize("<Q") * 512 == 4096
+
+
+# A thread that ended, another that got its identity, and a kick of the vCPU that the first one had run.
+_LATE_KICK = """
+import threading
+from evtchnd.vmm.kvm_machine import Machine
+
+machine = Machine()
+vcpu = machine.add_vcpu(0)
+idents = []
+def run():
+    with vcpu.entered():
+        idents.append(threading.get_ident())
+first = threading.Thread(target=run)
+first.start()
+first.join()
+end = threading.Event()
+others = [threading.Thread(target=end.wait) for _ in range(50)]
+for other in others:
+    other.start()
+print(idents[0] in {other.ident for other in others})
+vcpu.kick()
+with vcpu.outside():
+    pass
+end.set()
+for other in others:
+    other.join()
+print("alive")
+"""
+
+
+def test_a_late_kick_meets_nobody_else() -> None:
+    done = subprocess.run([sys.executable, "-c", _LATE_KICK], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True\nalive\n"), done.stderr
+
+
+def test_an_nmi_waits_for_the_vcpu() -> None:
+    with kvm_machine.Machine() as machine:
+        vcpu = machine.add_vcpu(0)
+        for expected in (0, 1):
+            events = bytearray(64)
+            kvm_ioctl.ioctl(vcpu.fd, kvm_machine._GET_VCPU_EVENTS, events, "KVM_GET_VCPU_EVENTS")
+            assert events[12] + events[13] == expected  # nmi.injected, nmi.pending
+            vcpu.nmi()

@@ -10,9 +10,12 @@ import pytest
 
 from evtchnd.errors import OperatorError
 from evtchnd.vmm import micro
+from evtchnd.vmm.guest_words import GuestWords
 from evtchnd.vmm.hypercalls import Shutdown, name_of
 from evtchnd.vmm.kvm_machine import Io, Mmio
-from evtchnd.vmm.legacy_ports import Accesses, read, write
+from evtchnd.vmm.legacy_ports import name_of as port_or_page
+from evtchnd.vmm.legacy_ports import read, write
+from evtchnd.vmm.tally import Tally
 from kvmguest import why_no_kvm
 from test_kernel_image import pvh_elf
 
@@ -143,7 +146,7 @@ def test_writes_that_end_a_guest(port: int, value: int, reason: Shutdown | None)
 def test_reads_of_what_is_not_there() -> None:
     assert [read(Io(port, 1, 0, read=True)) for port in (0x40, 0x61, 0x64, 0x71, 0x3F8, 0xCFC)] == [
         0,
-        255,
+        0x20,
         0,
         0,
         255,
@@ -153,13 +156,14 @@ def test_reads_of_what_is_not_there() -> None:
 
 
 def test_a_guest_that_tries_every_port_costs_little() -> None:
-    accesses = Accesses(most=10)
+    accesses = Tally(most=10)
     for port in range(1000):
-        accesses.count(Io(port, 1, 0, read=True))
-        accesses.count(Io(3, 1, 0, read=False))
+        accesses.count(port_or_page(Io(port, 1, 0, read=True)))
+        accesses.count(port_or_page(Io(3, 1, 0, read=False)))
     assert len(accesses.counts) == 11
     assert accesses.counts["port 0x3"] == 1001
     assert accesses.counts.total() == 2000
+    assert port_or_page(Mmio(0xFEC00123, 4, 0, read=True)) == "address 0xfec00000"
 
 
 def test_names_of_hypercalls() -> None:
@@ -168,3 +172,53 @@ def test_names_of_hypercalls() -> None:
     assert name_of(34, (99,)) == "hvm_op.99"
     assert name_of(13, (1,)) == "multicall"
     assert name_of(55, (1,)) == "hypercall.55"
+
+
+def words_of(pipe: int) -> bytes:
+    """All that is in a pipe."""
+    os.set_blocking(pipe, False)
+    data = b""
+    try:
+        while part := os.read(pipe, 1 << 20):
+            data += part
+    except BlockingIOError:
+        pass
+    return data
+
+
+def test_a_guest_that_talks_without_end_waits_for_nobody() -> None:
+    """Its first words are there, and how many of them are not."""
+    reader, writer = os.pipe()
+    try:
+        words = GuestWords(writer, rate=1, burst=10_000)
+        words.write(b"first words\n")
+        words.drain(10)
+        assert words_of(reader) == b"first words\n"
+        for _ in range(1000):
+            words.write(b"x" * 999 + b"\n")
+        words.close(10)
+        said = words_of(reader)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    text, _, notice = said.partition(b"\n[")
+    assert text.startswith(b"x" * 999 + b"\n")
+    left_out = int(notice.split()[0])
+    assert notice == b"%d bytes of the guest's are left out]\n" % left_out
+    assert 9000 < len(text) < 11000
+    assert len(text) + left_out == 1_000_000
+
+
+def test_a_reader_that_has_stopped_stalls_no_guest() -> None:
+    reader, writer = os.pipe()
+    words = GuestWords(writer, rate=1 << 30, burst=1 << 30)
+    for _ in range(100):
+        words.write(bytes(1 << 16))
+    words.close(0.1)
+    assert words._thread.is_alive()  # in a write that blocks
+    os.close(reader)
+    words._thread.join(10)
+    assert not words._thread.is_alive()
+    words.write(bytes(1 << 20))
+    assert len(words._waiting) <= 1 << 19
+    os.close(writer)

@@ -21,6 +21,7 @@ from evtchnd.abi import Evtchnop
 from evtchnd.errors import EvtchndError, HostError
 from evtchnd.ports import Delivery, Effect, PortTable, Setting
 from evtchnd.protocol import ALL_PORTS
+from evtchnd.seldom import Seldom
 from evtchnd.vmm.client import BoundPort, Client
 from evtchnd.vmm.hypercall import event_channel_op
 from evtchnd.vmm.settings import Applier, Kernel
@@ -59,6 +60,7 @@ class Channels:
         self.turn = threading.RLock()
         self.lock = threading.Condition()
         self.client: Client | None = None
+        self._seldom = Seldom()
         self._effects: list[Delivery] = []  # of the call that runs; carried out once the kernel has the table
         self.ports = PortTable(
             domid,
@@ -104,6 +106,12 @@ class Channels:
             self._tell(closed)
         return result
 
+    def raise_virq(self, virq: int, vcpu: int) -> None:
+        """A virtual interrupt, where the guest has bound it."""
+        with self.lock:
+            self.ports.raise_virq(virq, vcpu)
+            self.happen()
+
     def apply(self) -> None:
         """The kernel gets what the table says. With `lock`."""
         table = self.ports.table()
@@ -113,24 +121,29 @@ class Channels:
 
     def happen(self) -> list[int]:
         """Carries out what the last calls caused; the ports that domain 0 had bound and the guest has closed.
-        With `lock`."""
+        With `lock`. The calls have succeeded: what the kernel refuses is logged, and the rest is carried out."""
         effects, self._effects = self._effects, []
-        closed: list[int] = []
         for each in effects:
-            match each.effect:
-                case Effect.RAISE:
-                    self.kernel.raise_event(each.port, each.vcpu)
-                case Effect.SIGNAL:
-                    signal(self.applier.kick_fd(each.port))
-                case Effect.CLEAR:
-                    self.kernel.clear(each.port)
-                case Effect.UNMASK:
-                    self.kernel.unmask(each.port, each.vcpu)
-                case Effect.CLOSED:
-                    closed.append(each.port)
-                case Effect.DROP:
-                    pass
-        return closed
+            try:
+                self._carry_out(each)
+            except OSError as error:
+                if (more := self._seldom.due("")) is not None:
+                    text = f"{each.effect.name.lower()}: {error.strerror or error}{more}"
+                    log.warning("domain %d: port %d: %s", self.domid, each.port, text)
+        return [each.port for each in effects if each.effect is Effect.CLOSED]
+
+    def _carry_out(self, delivery: Delivery) -> None:
+        match delivery.effect:
+            case Effect.RAISE:
+                self.kernel.raise_event(delivery.port, delivery.vcpu)
+            case Effect.SIGNAL:
+                signal(self.applier.kick_fd(delivery.port))
+            case Effect.CLEAR:
+                self.kernel.clear(delivery.port)
+            case Effect.UNMASK:
+                self.kernel.unmask(delivery.port, delivery.vcpu)
+            case Effect.CLOSED | Effect.DROP:
+                pass
 
     def _tell(self, closed: Sequence[int]) -> None:
         client = self.client

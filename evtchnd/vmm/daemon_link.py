@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -23,9 +24,11 @@ class Introduce(Protocol):
 
 
 class DaemonLink:
-    """`channels.client` is the connection while there is one. To be called with `channels.turn`.
+    """`channels.client` is the connection while there is one. `channels.turn` is taken for an exchange with the daemon,
+    not while it is waited for: a guest's calls go on.
 
-    `lost()` runs in the client's thread when the daemon has gone, not after `release` or `close`.
+    `lost()` runs, in any thread, when the daemon of a domain that was introduced has gone; not after `release` or
+    `close`.
     """
 
     def __init__(
@@ -40,27 +43,53 @@ class DaemonLink:
         self._path, self._channels, self._introduce, self._timeout = path, channels, introduce, timeout
         self._lost = lost
         self._leaving = False  # released: the daemon hangs up, as it should
+        self._state = threading.Lock()
+        self._introduced = False
 
-    def connect(self) -> None:
-        """A new domain. HostError (Disconnected) where there is no daemon, VmmError (Refused) where it says no."""
+    def connect(self, timeout: float = 0.0, stopped: Callable[[], bool] = lambda: False) -> None:
+        """A new domain. HostError (Disconnected) where there is no daemon, VmmError (Refused) where it says no.
+
+        Tries until `timeout` s have gone or it is `stopped` where the daemon is being restarted, or has not yet
+        cleared the last domain of this number away.
+        """
         self._leaving = False
-        self._introduce(self._open(), resumed=False)
+        if not self._enter(timeout, stopped, resumed=False):
+            raise HostError(f"domain {self._channels.domid}: ended while the daemon was waited for")
 
-    def resume(self, timeout: float) -> None:
-        """The same domain at a restarted daemon. Tries until `timeout` s have gone, or the domain is released."""
-        self.close()
+    def resume(self, timeout: float) -> bool:
+        """The same domain at a restarted daemon. Tries until `timeout` s have gone: as `connect`.
+
+        False: there is nothing to resume, since the domain was released, or introduced anew by somebody else.
+        """
+        return self._enter(timeout, lambda: self._leaving or self._introduced, resumed=True)
+
+    def _enter(self, timeout: float, stopped: Callable[[], bool], *, resumed: bool) -> bool:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                self._introduce(self._open(), resumed=True)
-                return
+                with self._channels.turn:
+                    if stopped():
+                        return False
+                    self._exchange(resumed=resumed)
+                    return True
             except (Disconnected, Refused) as error:
-                self.close()
                 # EEXIST: the old daemon is there and has not yet cleared the domain away
                 final = isinstance(error, Refused) and error.errno != errno.EEXIST
-                if final or self._leaving or time.monotonic() >= deadline:
+                if final or time.monotonic() >= deadline:
                     raise
-                time.sleep(_AGAIN_S)
+            time.sleep(_AGAIN_S)
+
+    def _exchange(self, *, resumed: bool) -> None:
+        self.close()
+        try:
+            client = self._open()
+            self._introduce(client, resumed=resumed)
+        except BaseException:
+            self.close()
+            raise
+        self._introduced = True
+        if client.lost:  # before that was known
+            self._on_lost()
 
     @property
     def client(self) -> Client:
@@ -80,7 +109,11 @@ class DaemonLink:
             self.close()
 
     def close(self) -> None:
-        """Hangs up: to the daemon, a VMM that has died if the domain was not released. Can be called twice."""
+        """Hangs up: to the daemon, a VMM that has died if the domain was not released. Can be called twice.
+
+        With `channels.turn`.
+        """
+        self._introduced = False
         client, self._channels.client = self._channels.client, None
         if client is not None:
             client.close()
@@ -96,5 +129,7 @@ class DaemonLink:
         return client
 
     def _on_lost(self) -> None:
-        if not self._leaving:
+        with self._state:
+            introduced, self._introduced = self._introduced, False
+        if introduced and not self._leaving:
             self._lost()

@@ -25,6 +25,7 @@ from evtchnd.abi import (
     PAGE_SHIFT,
     PAGE_SIZE,
 )
+from evtchnd.errors import EvtchndError
 from evtchnd.vmm.guest_pointer import Layout, Pointers
 from evtchnd.vmm.physmap import Memory, Physmap, Slot
 
@@ -73,7 +74,8 @@ class _Frame:
 class GrantFrames:
     """The table's pages: `count` from the start, as a guest with Xen's default limit may grow to.
 
-    `moved(index)`: the daemon has to know where a frame is now.
+    `moved(index)`: the daemon has to know where a frame is now; called without a lock. Where it raises, the frame is
+    back where it was, and the guest's call fails.
     """
 
     def __init__(self, memory: Memory, ram: Memory, physmap: Physmap, moved: Callable[[int], None]) -> None:
@@ -104,8 +106,9 @@ class GrantFrames:
 
     def place(self, index: int) -> tuple[int, int]:
         """(memfd, offset) of a frame."""
-        frame = self._frames[index]
-        return frame.memory.fd, frame.offset
+        with self._lock:
+            frame = self._frames[index]
+            return frame.memory.fd, frame.offset
 
     def gfn(self, index: int) -> int | None:
         return self._frames[index].gfn
@@ -116,6 +119,7 @@ class GrantFrames:
             return -errno.EINVAL
         with self._lock:
             frame = self._frames[index]
+            before = frame.gfn, frame.memory, frame.offset
             if frame.gfn == gfn:
                 return 0
             over = self._physmap.find(gfn)
@@ -124,18 +128,14 @@ class GrantFrames:
             if over is not None and over[0] is not self._ram:
                 return -errno.EINVAL
             self._unmap(frame)
-            if over is not None:
-                self._move(index, *over)
-            elif frame.memory is not self._memory:
-                self._move(index, self._memory, index * PAGE_SIZE)
-            if over is None:
-                try:
-                    frame.slot = self._physmap.add(gfn, 1, frame.memory, frame.offset)
-                except OSError as error:
-                    return -(error.errno or errno.EINVAL)
-            frame.gfn = gfn
+            try:
+                self._put(frame, gfn, *(over or (self._memory, index * PAGE_SIZE)))
+            except OSError as error:
+                self._put(frame, *before)
+                return -(error.errno or errno.EINVAL)
             self.used = max(self.used, index + 1)
-            return 0
+        self._tell(index, *before)
+        return 0
 
     def unmap(self, gfn: int) -> bool:
         """XENMEM_remove_from_physmap; False: no frame is there."""
@@ -144,22 +144,39 @@ class GrantFrames:
             if index is None:
                 return False
             frame = self._frames[index]
+            before = frame.gfn, frame.memory, frame.offset
             self._unmap(frame)
-            if frame.memory is not self._memory:
-                self._move(index, self._memory, index * PAGE_SIZE)
-            return True
+            self._put(frame, None, self._memory, index * PAGE_SIZE)
+        self._tell(index, *before)
+        return True
 
     def _unmap(self, frame: _Frame) -> None:
         if frame.slot is not None:
             self._physmap.remove(frame.slot)
         frame.slot = frame.gfn = None
 
-    def _move(self, index: int, memory: Memory, offset: int) -> None:
-        """The frame's entries, to another page."""
+    def _put(self, frame: _Frame, gfn: int | None, memory: Memory, offset: int) -> None:
+        """The frame's entries to that page, and the page to `gfn`. OSError where KVM refuses its slot."""
+        if (memory, offset) != (frame.memory, frame.offset):
+            memory.view[offset : offset + PAGE_SIZE] = frame.memory.view[frame.offset : frame.offset + PAGE_SIZE]
+            frame.memory, frame.offset = memory, offset
+        if gfn is not None and memory is self._memory:
+            frame.slot = self._physmap.add(gfn, 1, memory, offset)
+        frame.gfn = gfn
+
+    def _tell(self, index: int, gfn: int | None, memory: Memory, offset: int) -> None:
+        """Of a frame that was at `gfn`, in `memory` at `offset`; there again where the daemon refuses it."""
         frame = self._frames[index]
-        memory.view[offset : offset + PAGE_SIZE] = frame.memory.view[frame.offset : frame.offset + PAGE_SIZE]
-        frame.memory, frame.offset = memory, offset
-        self._moved(index)
+        if (frame.memory, frame.offset) == (memory, offset):
+            return
+        try:
+            self._moved(index)
+        except EvtchndError:
+            with self._lock:
+                self._unmap(frame)
+                self._put(frame, gfn, memory, offset)
+            self._moved(index)
+            raise
 
     def entry(self, gref: int) -> tuple[int, int, int] | None:
         """(flags, domid, frame); None: past the table."""

@@ -44,7 +44,7 @@ _NR_PARAMS = 39
 _CALLBACK_TYPE_SHIFT, _CALLBACK_VECTOR = 56, 2
 _FIRST_VECTOR = 0x10  # the processor's own are below
 # What a guest may set itself (xen/arch/x86/hvm/hvm.c, hvm_allow_set_param); others are the toolstack's.
-_SETTABLE = frozenset({HvmParam.CALLBACK_IRQ, HvmParam.PAE_ENABLED, 15, 31, 37})
+_SETTABLE = frozenset({HvmParam.CALLBACK_IRQ, HvmParam.PAE_ENABLED, 15, 37})
 
 _PARAM = Layout("HHIQ")  # domid, pad, index, value
 _UPCALL_VECTOR = Layout("IB3x")  # vcpu, vector

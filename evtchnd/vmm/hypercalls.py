@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 
 from evtchnd.abi import Evtchnop
-from evtchnd.errors import GuestError, HostError
+from evtchnd.errors import GuestError, HostError, VmmError
 from evtchnd.vmm import physdev
 from evtchnd.vmm.channels import Channels
 from evtchnd.vmm.grant_table_op import Gnttabop, GrantTableOp
@@ -33,6 +31,7 @@ from evtchnd.vmm.guest_pointer import Layout, Pointers
 from evtchnd.vmm.hvm_op import HvmOp, Hvmop
 from evtchnd.vmm.hypercall import CALLS
 from evtchnd.vmm.memory_op import OPERATION_MASK, MemoryOp, Xenmem
+from evtchnd.vmm.tally import OTHERS, Tally
 from evtchnd.vmm.vcpu_op import VcpuOp, Vcpuop
 from evtchnd.vmm.xen_version import Xenver, xen_version
 
@@ -151,7 +150,7 @@ def name_of(number: int, params: tuple[int, ...]) -> str:
 class Hypercalls:
     """One domain's. `ended(reason)`: the guest has shut down; `write(text)`: what it says by console_io.
 
-    `runstate_flag(on)`: KVM's. Calls come from the vCPUs' threads.
+    `runstate_flag(on)`: KVM's. `over()`: the guest runs no further. Calls come from the vCPUs' threads.
     """
 
     def __init__(
@@ -166,16 +165,18 @@ class Hypercalls:
         ended: Callable[[int], int],
         write: Callable[[bytes], None],
         runstate_flag: Callable[[bool], None],
+        over: Callable[[], bool] = lambda: False,
         handle: bytes = bytes(16),
     ) -> None:
         self._name, self._channels = name, channels
         self._memory, self._grants, self._hvm, self._vcpu = memory, grants, hvm, vcpu
         self._ended, self._write, self._runstate_flag = ended, write, runstate_flag
-        self._handle = handle
+        self._over, self._handle = over, handle
         self._pirqs = physdev.Pirqs()
+        self._code: Shutdown | None = None
         self._said: set[str] = set()
-        self._counting = threading.Lock()
-        self.counts: Counter[str] = Counter()
+        self._calls = Tally()
+        self.counts = self._calls.counts
         self._ops: Mapping[int, Op] = {
             Number.EVENT_CHANNEL_OP: lambda guest, p: self._event_channel_op(guest, p[0], p[1]),
             Number.MEMORY_OP: lambda guest, p: self._memory.call(guest, p[0], p[1]),
@@ -193,9 +194,7 @@ class Hypercalls:
 
     def answer(self, guest: Pointers, number: int, params: tuple[int, ...], cpl: int) -> int:
         """What the guest gets back: a result, or a negated error number. Never raises what a guest can cause."""
-        name = name_of(number, params)
-        with self._counting:
-            self.counts[name] += 1
+        name = self._calls.count(name_of(number, params))
         if cpl:
             return -errno.EPERM
         op = self._ops.get(number)
@@ -207,18 +206,21 @@ class Hypercalls:
         except GuestError as error:
             self._say(name, f"bad pointer: {error}")
             return -errno.EFAULT
+        except VmmError as error:  # the daemon says no
+            self._say(name, str(error))
+            return -error.errno
         except HostError as error:
             self._say(name, str(error))
             return -errno.ENOMEM
         except OSError as error:
             self._say(name, error.strerror or str(error))
             return -(error.errno or errno.EINVAL)
-        if result == -errno.ENOSYS and name.rpartition(".")[2].isdigit():
+        if result == -errno.ENOSYS and (name == OTHERS or name.rpartition(".")[2].isdigit()):
             self._say(name, "is not there (ENOSYS)")
         return result
 
     def _say(self, name: str, reason: str) -> None:
-        """Once a hypercall: a guest can repeat it for ever."""
+        """Once a name that it is counted by: a guest can repeat it for ever."""
         if name not in self._said:
             self._said.add(name)
             log.warning("%s: %s: %s", self._name, name, reason)
@@ -232,12 +234,12 @@ class Hypercalls:
         return result
 
     def _physdev_op(self, guest: Pointers, op: int, arg: int) -> int:
-        size = physdev.SIZES.get(op)
-        if size is None:
+        layout = physdev.LAYOUTS.get(op)
+        if layout is None:
             return -errno.ENOSYS
-        result, out = self._pirqs.call(op, guest.read(arg, size))
+        result, out = self._pirqs.call(op, guest.take(layout, arg))
         if out:
-            guest.write(arg, out)
+            guest.put(layout, arg, *out)
         return result
 
     def _sched_op(self, guest: Pointers, op: int, arg: int) -> int:
@@ -248,15 +250,29 @@ class Hypercalls:
                 # Of a 32-bit guest, or before it has event channels: a wake-up for no reason is allowed.
                 time.sleep(_NAP_S)
                 return 0
-            case Schedop.SHUTDOWN:
+            case Schedop.SHUTDOWN | Schedop.SHUTDOWN_CODE:
                 (reason,) = guest.take(_SHUTDOWN, arg)
-                return self._ended(reason) if reason <= Shutdown.SOFT_RESET else -errno.EINVAL
+                if reason > Shutdown.SOFT_RESET:
+                    return -errno.EINVAL
+                if op == Schedop.SHUTDOWN:
+                    return self._shut_down(self.reason(reason))
+                if self._code is None:
+                    self._code = Shutdown(reason)
+                return 0
             case Schedop.REMOTE_SHUTDOWN:
                 dom, _ = guest.take(_REMOTE_SHUTDOWN, arg)
                 return -errno.EPERM if dom != self._channels.domid else -errno.EINVAL
-            case Schedop.SHUTDOWN_CODE:
-                return 0  # it names the reason of a shutdown that follows by other means
         return -errno.ENOSYS
+
+    def reason(self, reason: int) -> Shutdown:
+        """Why the guest ends that shuts down for `reason`: what it has announced by SHUTDOWN_CODE comes first, the
+        first of them, as in Xen."""
+        return Shutdown(reason) if self._code is None else self._code
+
+    def _shut_down(self, reason: Shutdown) -> int:
+        result = self._ended(reason)
+        self._code = None  # where the guest goes on: suspended, reset
+        return result
 
     def _set_timer_op(self, guest: Pointers, params: tuple[int, ...]) -> int:
         expires = params[0] if guest.long_mode else params[0] & 0xFFFFFFFF | (params[1] & 0xFFFFFFFF) << 32
@@ -287,6 +303,8 @@ class Hypercalls:
             return -errno.EINVAL
         size = _MULTICALL.of(guest.long_mode).size
         for at in range(calls, calls + count * size, size):
+            if self._over():  # a list can be long work
+                break
             number, _, *params = guest.take(_MULTICALL, at)
             nested = number == Number.MULTICALL
             result = -errno.EINVAL if nested else self.answer(guest, number, tuple(params), 0)

@@ -97,8 +97,6 @@ def unpack(data: bytes, *, sized: bool) -> bytes:
     OperatorError.
     """
     name = packing(data)
-    if name == "lzo":
-        raise OperatorError("packed with lzo, for which there is no library here (gzip, bzip2, xz, lzma, lz4, zstd)")
     size = int.from_bytes(data[-4:], "little") if sized or name == "gzip" else 0
     if size > MAX_UNPACKED:
         raise OperatorError(f"{size >> 20} MiB unpacked: more than {MAX_UNPACKED >> 20}")
@@ -113,11 +111,13 @@ def unpack(data: bytes, *, sized: bool) -> bytes:
                 image = _whole(lzma.LZMADecompressor(), packed)
             case "lz4":
                 image = _lz4(packed)
+            case "lzo":
+                image = _lzo(packed)
             case "zstd":
                 image = _zstd(packed, size)
             case _:
                 raise OperatorError(f"its payload begins with {data[:4].hex()}: no packing that is known")
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error, lzma.LZMAError) as error:
         raise OperatorError(f"its {name} payload is damaged: {error}") from None
     if size and len(image) != size:
         raise OperatorError(f"its {name} payload is damaged: {len(image)} bytes came out of it, {size} expected")
@@ -181,6 +181,55 @@ def _lz4(data: bytes) -> bytes:
         if len(image) > MAX_UNPACKED:
             raise ValueError(f"more than {MAX_UNPACKED >> 20} MiB")
         at += 4 + size
+    return bytes(image)
+
+
+# lzop's flags: which checksums a block has, of its unpacked data and of its packed data; more fields of the header
+_LZOP_ADLER32_D, _LZOP_ADLER32_C, _LZOP_CRC32_D, _LZOP_CRC32_C = 0x1, 0x2, 0x100, 0x200
+_LZOP_EXTRA_FIELD, _LZOP_FILTER = 0x40, 0x800
+_LZOP_BLOCK = 256 << 10  # unpacked, at most: lzop's own, and all that the kernel unpacks
+
+
+def _lzo(data: bytes) -> bytes:
+    """What lzop makes (lib/decompress_unlzo.c; liblzo2: lzo1x.h). Everything is big-endian:
+
+    magic (9), version (2), of the library (2), needed (2), method (1), level (1), flags (4), mode (4), mtime (8),
+    length of the name (1), name, checksum (4); then blocks {unpacked (4), packed size (4), checksums (4 each), data}
+    up to one of 0 bytes. A block that is as long as its data is not packed.
+    """
+    library = _library("liblzo2.so.2", "liblzo2-2")
+    unpack_block = library.lzo1x_decompress_safe
+    unpack_block.argtypes = (ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    version, flags = struct.unpack_from(">9xH", data)[0], struct.unpack_from(">17xI", data)[0]
+    if version < 0x0940 or flags & (_LZOP_EXTRA_FIELD | _LZOP_FILTER):
+        raise ValueError(f"a header of lzop's version {version:#x} with flags {flags:#x}")
+    at = 34 + data[33] + 4
+    of_data = [flag for flag in (_LZOP_ADLER32_D, _LZOP_CRC32_D) if flags & flag]
+    of_packed = [flag for flag in (_LZOP_ADLER32_C, _LZOP_CRC32_C) if flags & flag]
+    out, got = ctypes.create_string_buffer(_LZOP_BLOCK), ctypes.c_ulong()
+    image = bytearray()
+    while size := struct.unpack_from(">I", data, at)[0]:
+        (packed_size,) = struct.unpack_from(">I", data, at + 4)
+        sums = at + 8
+        start = sums + 4 * (len(of_data) + (len(of_packed) if packed_size < size else 0))
+        packed = data[start : start + packed_size]
+        if not 0 < packed_size <= size <= _LZOP_BLOCK or len(packed) < packed_size:
+            raise ValueError(f"the block at byte {at}")
+        block = packed
+        if packed_size < size:
+            got.value = size
+            failed = unpack_block(packed, packed_size, out, ctypes.byref(got), None)
+            if failed or got.value != size:
+                raise ValueError(f"the block at byte {at}")
+            block = ctypes.string_at(out, size)
+        for n, flag in enumerate(of_data):
+            check = zlib.adler32(block) if flag == _LZOP_ADLER32_D else zlib.crc32(block)
+            if check != int.from_bytes(data[sums + 4 * n : sums + 4 * n + 4], "big"):
+                raise ValueError(f"the checksum of the block at byte {at}")
+        image += block
+        if len(image) > MAX_UNPACKED:
+            raise ValueError(f"more than {MAX_UNPACKED >> 20} MiB")
+        at = start + packed_size
     return bytes(image)
 
 

@@ -21,6 +21,7 @@ from typing import Self
 from evtchnd.errors import HostError
 from evtchnd.vmm.kvm import XenHvm, XenVcpu, XenVm, xen_capability
 from evtchnd.vmm.kvm_ioctl import KvmError, io, ioctl, ior, iow, iowr
+from evtchnd.vmm.vcpu_context import Descriptor, VcpuContext
 
 _GET_API_VERSION = io(0x00)
 _CREATE_VM = io(0x01)
@@ -40,12 +41,14 @@ _TRANSLATE = iowr(0x85, 24)
 _SET_CPUID2 = iow(0x90, 8)
 _GET_MP_STATE = ior(0x98, 4)
 _SET_MP_STATE = iow(0x99, 4)
+_NMI = io(0x9A)
+_GET_VCPU_EVENTS = ior(0x9F, 64)
 _ENABLE_CAP = iow(0xA3, 104)
 
 _TSS_ADDRESS = 0xFFFBD000  # three pages that Intel's virtual real mode needs: below 4 GiB, no RAM there
 _MAX_CPUID = 256
 _CAP_SPLIT_IRQCHIP, _IOAPIC_PINS = 121, 24
-_UNINITIALIZED, _INIT_RECEIVED = 1, 2  # KVM_MP_STATE_*: not started yet
+_RUNNABLE, _UNINITIALIZED, _INIT_RECEIVED = 0, 1, 2  # KVM_MP_STATE_*; the latter two: not started yet
 # Blocked in a vCPU's thread and let in only by KVM_RUN: it ends the run and is never delivered.
 _KICK = signal.SIGRTMIN + 5
 _KICK_AGAIN_S = 0.5
@@ -77,6 +80,8 @@ _XEN_RESULT = _UNION + 24
 
 # struct kvm_sregs: cs ds es fs gs ss tr ldt (kvm_segment), gdt idt (kvm_dtable), cr0 cr2 cr3 cr4 cr8 efer ...
 _SEGMENT = struct.Struct("<QIH 8B 2x")  # base, limit, selector, type, present, dpl, db, s, l, g, avl
+_SEGMENT_SELECTOR = 12
+_EXCEPTION = struct.Struct("<BBBBI")  # kvm_vcpu_events: injected, nr, has_error_code, pending, error_code
 _SREGS_TR, _SREGS_GDT, _SREGS_CR0, _SREGS_CR3, _SREGS_CR4, _SREGS_EFER = 6 * 24, 192, 224, 240, 248, 264
 _CR0_PE, _CR0_ET, _CR0_NE, _CR0_PG, _CR4_PAE, _EFER_LME, _EFER_LMA = 1, 16, 32, 1 << 31, 32, 1 << 8, 1 << 10
 
@@ -164,7 +169,7 @@ class Vcpu:
         ioctl(self.fd, _SET_SREGS, bytes(sregs), "KVM_SET_SREGS")
         regs = [argument, 0, 0, 0, argument, argument, stack, 0, *[0] * 8, entry, 2]  # rax rbx rcx rdx rsi rdi rsp rbp
         ioctl(self.fd, _SET_REGS, struct.pack("<18Q", *regs), "KVM_SET_REGS")
-        ioctl(self.fd, _SET_MP_STATE, struct.pack("<I", 0), "KVM_SET_MP_STATE")
+        ioctl(self.fd, _SET_MP_STATE, struct.pack("<I", _RUNNABLE), "KVM_SET_MP_STATE")
 
     def start_pvh(self, entry: int, start_info: int) -> None:
         """Registers of a PVH guest's first vCPU: 32-bit protected mode, no paging, rbx = hvm_start_info.
@@ -184,12 +189,40 @@ class Vcpu:
         regs = [0, start_info, *[0] * 14, entry, 2]  # rax rbx ... r15 rip rflags
         ioctl(self.fd, _SET_REGS, struct.pack("<18Q", *regs), "KVM_SET_REGS")
 
-    def enter(self) -> None:
-        """To be called in the thread that will run it."""
+    def set_context(self, context: VcpuContext) -> None:
+        """VCPUOP_initialise: its registers when it is brought up. KvmError EINVAL."""
+        sregs = bytearray(312)
+        with self.outside():
+            ioctl(self.fd, _GET_SREGS, sregs, "KVM_GET_SREGS")
+            segments = (context.cs, context.ds, context.es, context.ds, context.ds, context.ss, context.tr)
+            sregs[: 7 * 24] = b"".join(_segment(each) for each in segments)
+            struct.pack_into("<Q", sregs, _SREGS_CR0, context.cr0)
+            struct.pack_into("<QQ", sregs, _SREGS_CR3, context.cr3, context.cr4)
+            struct.pack_into("<Q", sregs, _SREGS_EFER, context.efer)
+            ioctl(self.fd, _SET_SREGS, bytes(sregs), "KVM_SET_SREGS")
+            rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, rip, rflags = context.general
+            regs = [rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *[0] * 8, rip, rflags]
+            ioctl(self.fd, _SET_REGS, struct.pack("<18Q", *regs), "KVM_SET_REGS")
+
+    def set_up(self, up: bool) -> None:
+        """Starts it, or stops it until it is started again: by this, or by INIT and SIPI."""
+        with self.outside():
+            state = _RUNNABLE if up else _UNINITIALIZED
+            ioctl(self.fd, _SET_MP_STATE, struct.pack("<I", state), "KVM_SET_MP_STATE")
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """To be held in the thread that runs it, as long as it does."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {_KICK})
         mask = ((1 << 64) - 1) & ~(1 << (_KICK - 1))
         ioctl(self.fd, _SET_SIGNAL_MASK, struct.pack("<IQ", 8, mask), "KVM_SET_SIGNAL_MASK")
-        self._thread = threading.get_ident()
+        with self._gate:
+            self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._thread = None
 
     def run(self) -> Exit:
         """Runs the guest until it stops for us. KvmError."""
@@ -243,11 +276,25 @@ class Vcpu:
         return int(physical) if valid else None
 
     def registers(self) -> str:
-        """For a message about a guest that has died. In the vCPU's own thread, or when that has ended."""
-        regs = bytearray(144)
-        ioctl(self.fd, _GET_REGS, regs, "KVM_GET_REGS")
+        """One line about a guest that has died. AMD's processors leave nothing of a vCPU that triple-faulted: it is as
+        after a reset then, at 0xfff0."""
+        if not self.is_up():
+            return "not up"
+        regs, sregs, events = bytearray(144), bytearray(312), bytearray(64)
+        with self.outside():
+            ioctl(self.fd, _GET_REGS, regs, "KVM_GET_REGS")
+            ioctl(self.fd, _GET_SREGS, sregs, "KVM_GET_SREGS")
+            ioctl(self.fd, _GET_VCPU_EVENTS, events, "KVM_GET_VCPU_EVENTS")
         rax, *_, rsp, _, _, _, _, _, _, _, _, _, rip, rflags = struct.unpack("<18Q", regs)
-        return f"rip {rip:#x}, rsp {rsp:#x}, rax {rax:#x}, rflags {rflags:#x}"
+        cr0, cr2, cr3, cr4 = struct.unpack_from("<4Q", sregs, _SREGS_CR0)
+        (efer,) = struct.unpack_from("<Q", sregs, _SREGS_EFER)
+        cs = int.from_bytes(sregs[_SEGMENT_SELECTOR : _SEGMENT_SELECTOR + 2], "little")
+        line = f"rip {cs:#x}:{rip:#x}, rsp {rsp:#x}, rax {rax:#x}, rflags {rflags:#x}"
+        line += f", cr0 {cr0:#x}, cr2 {cr2:#x}, cr3 {cr3:#x}, cr4 {cr4:#x}, efer {efer:#x}"
+        injected, vector, has_code, pending, code = _EXCEPTION.unpack_from(events)
+        if injected or pending:
+            line += f", exception {vector}" + (f" ({code:#x})" if has_code else "")
+        return line
 
     def is_up(self) -> bool:
         """Whether it has been started: by the VMM, or by INIT and SIPI."""
@@ -255,6 +302,11 @@ class Vcpu:
         with self.outside():
             ioctl(self.fd, _GET_MP_STATE, state, "KVM_GET_MP_STATE")
         return state[0] not in (_UNINITIALIZED, _INIT_RECEIVED)
+
+    def nmi(self) -> None:
+        """A non-maskable interrupt; one that is pending already is the same."""
+        with self.outside():
+            ioctl(self.fd, _NMI, 0, "KVM_NMI")
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
@@ -272,14 +324,23 @@ class Vcpu:
                 self._gate.notify_all()
 
     def kick(self) -> None:
-        """Ends `run`, the one that goes on or the next; from any thread, while the one that runs it is alive."""
-        if self._thread is not None:
-            signal.pthread_kill(self._thread, _KICK)
+        """Ends `run`, the one that goes on or the next; from any thread."""
+        with self._gate:  # its thread stays: an ended one's identity is soon another's, whom the signal would kill
+            if self._thread is not None:
+                signal.pthread_kill(self._thread, _KICK)
 
     def close(self) -> None:
         """After its thread has ended."""
         self._run.close()
         os.close(self.fd)
+
+
+def _segment(each: Descriptor) -> bytes:
+    flags = each.attributes
+    kind, s, dpl, present = flags & 15, flags >> 4 & 1, flags >> 5 & 3, flags >> 7 & 1
+    avl, long, db, granularity = flags >> 8 & 1, flags >> 9 & 1, flags >> 10 & 1, flags >> 11 & 1
+    packed = _SEGMENT.pack(each.base, each.limit, 0, kind, present, dpl, db, s, long, granularity, avl)
+    return packed[:-2] + bytes((not present, 0))  # unusable
 
 
 class Machine:

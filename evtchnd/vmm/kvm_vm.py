@@ -80,13 +80,13 @@ class _Runner:
 
     def _run(self) -> None:
         try:
-            self.vcpu.enter()
-            while not self.leaving:
-                stop = self.vcpu.run()
-                if not (isinstance(stop, Stop) and stop.reason == "kicked"):
-                    self._vmm.exited(self, stop)
-                while self.tasks:
-                    self.tasks.popleft()()
+            with self.vcpu.entered():
+                while not self.leaving:
+                    stop = self.vcpu.run()
+                    if not (isinstance(stop, Stop) and stop.reason == "kicked"):
+                        self._vmm.exited(self, stop)
+                    while self.tasks:
+                        self.tasks.popleft()()
         except Exception as error:
             self.failed = self.failed or str(error)
             log.exception("%s: vCPU %d has stopped", self._vmm.name, self.vcpu.number)
@@ -328,12 +328,12 @@ class KvmVmm(SoftVmm):
         return result
 
     def _guest_physdev(self, op: int, gpa: int) -> int:
-        size = physdev.SIZES.get(op)
-        if size is None:
+        if op not in physdev.LAYOUTS:
             return -errno.ENOSYS
-        result, out = self._pirqs.call(op, self._read(gpa, size))
+        form = physdev.LAYOUTS[op].of(self.long_mode)
+        result, out = self._pirqs.call(op, form.unpack(self._read(gpa, form.size)))
         if out:
-            self._write(gpa, out)
+            self._write(gpa, form.pack(*out))
         return result
 
     def _register_info(self, vcpu: int, gpa: int) -> int:

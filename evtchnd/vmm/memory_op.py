@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
-from evtchnd.abi import DOMID_SELF, PAGE_SHIFT, PAGE_SIZE
+from evtchnd.abi import DOMID_SELF, PAGE_SHIFT
 from evtchnd.errors import GuestError
 from evtchnd.vmm.grant_table_op import GrantFrames
 from evtchnd.vmm.guest_pointer import Layout, Pointers
@@ -44,7 +44,11 @@ class Xenmem(IntEnum):
 # A long list comes back with the number of its first element that is left in the upper bits of the operation.
 OPERATION_MASK = 63  # MEMOP_CMD_MASK
 _START_SHIFT = 6  # MEMOP_EXTENT_SHIFT
-_MAX_EXTENTS = 1 << 20
+# Xen lets a guest without devices have extents of 2 MiB (CONFIG_DOMU_MAX_ORDER).
+_MAX_ORDER = 9
+# In one call: a vCPU that is in the VMM hears nothing of the VM's end. Linux and FreeBSD hand over a page of frame
+# numbers (512) at most, and cannot do with less.
+_MAX_EXTENTS = 4096
 _SPACE_SHARED_INFO, _SPACE_GRANT_TABLE = 0, 1  # XENMAPSPACE_*
 
 _DOMID = Layout("H")
@@ -138,6 +142,8 @@ class MemoryOp:
     ) -> int:
         if not self._own(dom):
             return -errno.ESRCH
+        if size > _MAX_EXTENTS:
+            return -errno.E2BIG
         for i in range(size):
             result = self._add(space, guest.word_at(idxs, i), guest.word_at(gpfns, i))
             guest.write(errs + 4 * i, result.to_bytes(4, "little", signed=True))
@@ -154,34 +160,37 @@ class MemoryOp:
     def _reservation(
         self, guest: Pointers, op: int, start: int, extents: int, count: int, order: int, _flags: int, dom: int
     ) -> int:
-        """How many extents are done. RAM that was given back and is populated again is zeros, where it was."""
+        """How many extents are done, of a long list not all. RAM that was given back and is populated again is zeros,
+        where it was."""
         if not self._own(dom):
             return -errno.ESRCH
-        if count > _MAX_EXTENTS or start > count or order > 18:
+        if start > count or order > _MAX_ORDER:
             return -errno.EINVAL
-        for i in range(start, count):
+        end = min(count, start + _MAX_EXTENTS)
+        for i in range(start, end):
             try:
                 gfn = guest.word_at(extents, i)
             except GuestError:
                 return i
-            done = self._give_back(gfn, 1 << order) if op == Xenmem.DECREASE_RESERVATION else self._is_ram(gfn, order)
-            if not done:
+            pages = 1 << order
+            give = op == Xenmem.DECREASE_RESERVATION
+            if not (self._give_back(gfn, pages) if give else self._in_ram(gfn, pages) is not None):
                 return i
-        return count
+        return end
 
-    def _is_ram(self, gfn: int, order: int) -> bool:
-        found = [self._physmap.find(n) for n in (gfn, gfn + (1 << order) - 1)]
-        return all(each is not None and each[0] is self._ram for each in found)
+    def _in_ram(self, gfn: int, pages: int) -> int | None:
+        """The byte of RAM that the pages begin at; None: not all of them are RAM."""
+        first, last = self._physmap.find(gfn), self._physmap.find(gfn + pages - 1)
+        if first is None or last is None or first[0] is not self._ram or last[0] is not self._ram:
+            return None
+        return first[1] if last[1] - first[1] == pages - 1 << PAGE_SHIFT else None
 
     def _give_back(self, gfn: int, pages: int) -> bool:
         """The host gets the pages; the guest finds zeros there if it looks all the same. False: they are no RAM."""
-        for n in range(gfn, gfn + pages):
-            found = self._physmap.find(n)
-            if found is None or found[0] is not self._ram:
-                return False
-            if n == self._shared_info:
-                return False
-            mode = _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE
-            if _libc.fallocate(self._ram.fd, mode, found[1], PAGE_SIZE):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        at = self._in_ram(gfn, pages)
+        if at is None or (self._shared_info is not None and gfn <= self._shared_info < gfn + pages):
+            return False
+        mode = _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE
+        if _libc.fallocate(self._ram.fd, mode, at, pages << PAGE_SHIFT):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return True

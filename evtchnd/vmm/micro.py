@@ -22,28 +22,29 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from evtchnd import diskspec
 from evtchnd.errors import EvtchndError, OperatorError
 from evtchnd.vmm import elf, kernel_image
-from evtchnd.vmm.client import Refused
+from evtchnd.vmm.guest_words import GuestWords
 from evtchnd.vmm.hypercalls import Shutdown
 from evtchnd.vmm.microvm import MAX_VCPUS, Disk, Ended, Guest, MicroVm
 from evtchnd.vmm.pvh import Module
+from evtchnd.vmm.tally import Tally
 
 log = logging.getLogger("evtchnd-micro")
 
 _UNITS = {"K": 10, "M": 20, "G": 30, "": 20}
 _MIN_MEMORY, _MAX_MEMORY = 4 << 20, 1 << 40
-# The daemon still clears the last domain of this number away.
-_FREE_AGAIN_S = 20.0
+# A guest that dies as soon as it lives would keep a processor, and the log, busy.
+_SHORT_LIFE_S, _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 0.05, 1.0
 # What is left of the guest's last words is read in no time.
-_REST_S = 10.0
+_REST_S, _WORDS_S = 10.0, 1.0
 _IN_ORDER = (Shutdown.POWEROFF, Shutdown.REBOOT)
 
 
@@ -54,7 +55,7 @@ class Stats:
         self._guest = guest
         self._began = time.monotonic()
         self._boots = 0
-        self._past: dict[str, Counter[str]] = {"exits": Counter(), "hypercalls": Counter(), "accesses": Counter()}
+        self._past = {name: Tally() for name in ("exits", "hypercalls", "accesses")}
         self._vm: MicroVm | None = None
 
     def follow(self, vm: MicroVm | None) -> None:
@@ -63,12 +64,17 @@ class Stats:
         self._vm = vm
         self._boots += vm is not None
 
-    def _counts(self) -> dict[str, Counter[str]]:
+    def _counts(self) -> dict[str, Tally]:
+        """Of all runs together: names are bounded over a guest that reboots for ever, too."""
         if self._vm is None:
             return self._past
         vm = self._vm
         now = {"exits": vm.exits(), "hypercalls": vm.hypercalls.counts, "accesses": vm.accesses.counts}
-        return {name: past + now[name] for name, past in self._past.items()}
+        together = {name: Tally() for name in now}
+        for name, tally in together.items():
+            tally.add(self._past[name].counts)
+            tally.add(now[name].copy())
+        return together
 
     def json(self, ended: Ended | None) -> str:
         told = {
@@ -77,15 +83,15 @@ class Stats:
             "seconds": round(time.monotonic() - self._began, 3),
             "boots": self._boots,
             "ended": ended and ended.reason.name.lower(),
-            **{name: dict(counts.most_common()) for name, counts in self._counts().items()},
+            **{name: dict(tally.counts.most_common()) for name, tally in self._counts().items()},
         }
         return json.dumps(told, indent=1) + "\n"
 
     def table(self) -> str:
         lines = []
-        for name, counts in self._counts().items():
-            lines.append(f"{name}: {sum(counts.values())}")
-            lines += [f"{count:10} {what}" for what, count in counts.most_common()]
+        for name, tally in self._counts().items():
+            lines.append(f"{name}: {tally.counts.total()}")
+            lines += [f"{count:10} {what}" for what, count in tally.counts.most_common()]
         return "\n".join(lines)
 
 
@@ -173,24 +179,9 @@ def guest_of(args: argparse.Namespace, disks: tuple[Disk, ...]) -> Guest:
     )
 
 
-def start(guest: Guest) -> MicroVm:
-    """A guest whose domid is being cleared away is started when that is done."""
-    deadline = time.monotonic() + _FREE_AGAIN_S
-    while True:
-        try:
-            return MicroVm(guest, lambda text: _say(text))
-        except Refused as refused:
-            if refused.errno != errno.EEXIST or time.monotonic() >= deadline:
-                raise
-            time.sleep(0.1)
-
-
-def _say(text: bytes) -> None:
-    """What the guest says by console_io (a kernel's early messages)."""
-    if sys.stderr.isatty():  # perhaps raw: it is the guest's console
-        text = text.replace(b"\n", b"\r\n")
-    with contextlib.suppress(OSError):
-        os.write(sys.stderr.fileno(), text)
+def pause_after(lived: float, last: float) -> float:
+    """How many seconds a guest that lived so long waits for its next life; `last`: how many it waited for this one."""
+    return min(max(2 * last, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S) if lived < _SHORT_LIFE_S else 0.0
 
 
 @contextlib.contextmanager
@@ -214,6 +205,7 @@ class Signals:
 
     def __init__(self, stats: Stats, stats_file: Path | None) -> None:
         self.asked: Ended | None = None
+        self._heard = threading.Event()
         self.vm: MicroVm | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
@@ -222,7 +214,13 @@ class Signals:
 
     def _end(self, number: int, _: object) -> None:
         self.asked = Ended(Shutdown.POWEROFF, f"by {signal.Signals(number).name}")
+        self._heard.set()
         self.follow(self.vm)
+
+    def wait(self, timeout: float) -> Ended | None:
+        """What was asked, `timeout` s at most are waited for that."""
+        self._heard.wait(timeout)
+        return self.asked
 
     def follow(self, vm: MicroVm | None) -> None:
         self.vm = vm
@@ -230,16 +228,21 @@ class Signals:
             vm.end(self.asked.reason, self.asked.text)
 
 
-def run(guest: Guest, stats: Stats, signals: Signals, *, restart: bool, console: bool) -> Ended:
+def run(guest: Guest, words: GuestWords, stats: Stats, signals: Signals, *, restart: bool, console: bool) -> Ended:
     """Until the guest has ended for good."""
     label = f"domain {guest.domid} ({guest.name})"
-    first = True
+    patience = pause = 0.0  # at the start another's domid is another's
     while True:
         with contextlib.ExitStack() as running:
             terminal = running.enter_context(contextlib.ExitStack())  # ends after the domain
-            # at the start another's domid is another's
-            vm = running.enter_context(MicroVm(guest, _say) if first else start(guest))
-            first = False
+            try:
+                vm = MicroVm(guest, words.write, patience=patience, stopped=lambda: signals.asked is not None)
+            except EvtchndError:
+                if signals.asked is not None:
+                    return signals.asked
+                raise
+            running.enter_context(vm)
+            patience, began = guest.resume, time.monotonic()
             stats.follow(vm)
             signals.follow(vm)
             if console:
@@ -249,10 +252,14 @@ def run(guest: Guest, stats: Stats, signals: Signals, *, restart: bool, console:
             ended = vm.run()
         stats.follow(None)
         signals.follow(None)
-        level = logging.INFO if ended.reason in _IN_ORDER else logging.ERROR
+        words.drain(_WORDS_S)
+        level = logging.INFO if ended.reason in _IN_ORDER and not ended.fault else logging.ERROR
         log.log(level, "%s: %s: %s", label, ended.reason.name.lower(), ended.text)
         if ended.reason is not Shutdown.REBOOT or not restart or signals.asked is not None:
             return ended
+        pause = pause_after(time.monotonic() - began, pause)
+        if asked := signals.wait(pause):
+            return asked
 
 
 def _write(path: Path, text: str) -> None:
@@ -279,7 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
             guest = guest_of(args, tuple(disks))
             stats = Stats(guest)
             signals = Signals(stats, args.stats_json)
-            ended = run(guest, stats, signals, restart=args.reboot == "restart", console=args.console)
+            words = opened.enter_context(GuestWords(2))
+            ended = run(guest, words, stats, signals, restart=args.reboot == "restart", console=args.console)
         except (EvtchndError, OSError) as error:
             print(f"evtchnd-micro: {error}", file=sys.stderr)
             return 1

@@ -13,7 +13,6 @@ by its own calls: shared_info to a page of RAM, vcpu_info to per-CPU memory, gra
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import threading
 from collections import Counter
@@ -21,12 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from evtchnd.abi import PAGE_SHIFT, PAGE_SIZE, SHARED_INFO_PENDING, SHARED_INFO_VCPUS, VCPU_INFO_SIZE
+from evtchnd.abi import PAGE_SHIFT, PAGE_SIZE, Virq
 from evtchnd.errors import EvtchndError, HostError
 from evtchnd.protocol import Feature
 from evtchnd.vmm import cpuid, legacy_ports, pvh
 from evtchnd.vmm.channels import Channels
-from evtchnd.vmm.client import Client, GrantFrame, MemorySlot
+from evtchnd.vmm.client import Client, Disconnected, GrantFrame, MemorySlot, Refused
 from evtchnd.vmm.daemon_link import DaemonLink
 from evtchnd.vmm.elf import Image
 from evtchnd.vmm.event_bits import EventBits
@@ -38,7 +37,10 @@ from evtchnd.vmm.kvm import INVALID_GFN, XenHvm
 from evtchnd.vmm.kvm_kernel import KvmKernel
 from evtchnd.vmm.kvm_machine import Exit, Hypercall, Io, Machine, Mmio, Vcpu
 from evtchnd.vmm.memory_op import MemoryOp
+from evtchnd.vmm.periodic_timers import PeriodicTimers
 from evtchnd.vmm.physmap import Memory, Physmap
+from evtchnd.vmm.shared_info_page import SharedInfoPage
+from evtchnd.vmm.tally import Tally
 from evtchnd.vmm.vcpu_op import VcpuOp
 from evtchnd.vmm.xen_version import VERSION
 
@@ -86,25 +88,35 @@ class Guest:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Why a guest has ended, and how it is known."""
+    """Why a guest has ended, and how it is known. `fault`: not as it should, whatever follows."""
 
     reason: Shutdown
     text: str
+    fault: bool = False
 
 
 class MicroVm:
     """A guest from its first instruction to its end. HostError, VmmError, OperatorError where it cannot begin.
 
-    `write`: takes what the guest says by console_io. A context manager that ends with the domain released.
+    `write`: takes what the guest says by console_io, and does not wait. `patience`: for so many seconds a daemon is
+    waited for that is being restarted, or still clears the last domain of this number away, unless it is `stopped`.
+    A context manager that ends with the domain released.
     """
 
-    def __init__(self, guest: Guest, write: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        write: Callable[[bytes], None],
+        *,
+        patience: float = 0.0,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.guest = guest
-        self.accesses = legacy_ports.Accesses()
+        self._label = f"domain {guest.domid} ({guest.name})"
+        self.accesses = Tally()
         self._over = threading.Event()
         self._ended: Ended | None = None
         self._threads: list[threading.Thread] = []
-        self._shared_info: int | None = None
         with contextlib.ExitStack() as undo:
             self._build(undo, write)
             self._reserve()
@@ -114,7 +126,7 @@ class MicroVm:
             self.vcpus[0].start_pvh(guest.image.entry, start)
             undo.callback(lambda: self.link.release((self._ended or Ended(Shutdown.CRASH, "")).reason))
             undo.callback(self._stop)
-            self.link.connect()
+            self.link.connect(patience, stopped)
             self._undo = undo.pop_all()
 
     def _build(self, undo: contextlib.ExitStack, write: Callable[[bytes], None]) -> None:
@@ -153,7 +165,7 @@ class MicroVm:
             self._ram,
             self._frames,
             pvh.memory_map(guest.memory),
-            self._place_shared_info,
+            lambda gfn: self._shared_info.place(gfn),
         )
         params: dict[int, int] = {
             HvmParam.STORE_PFN: STORE_GFN,
@@ -166,9 +178,27 @@ class MicroVm:
             xen.set_upcall_vector,
             lambda n, vector: self.vcpus[n].xen.set_upcall_vector(vector),
         )
-        self._vcpu_op = VcpuOp([vcpu.xen for vcpu in self.vcpus], self._register, lambda n: self.vcpus[n].is_up())
+        self._timers = PeriodicTimers(lambda n: self.channels.raise_virq(Virq.TIMER, n), guest.name)
+        undo.callback(self._timers.close)
+        self._vcpu_op = VcpuOp(
+            [vcpu.xen for vcpu in self.vcpus],
+            self.vcpus,
+            self._register,
+            periodic=self._timers.set,
+            power_off=lambda: self._ends(Shutdown.POWEROFF, "its last vCPU has gone down"),
+        )
+        self._shared_info = SharedInfoPage(
+            xen,
+            self._kernel,
+            self._bits,
+            self.channels,
+            self.physmap,
+            self._ram,
+            guest.vcpus,
+            self._vcpu_op.registered,
+        )
         self.hypercalls = Hypercalls(
-            f"domain {guest.domid} ({guest.name})",
+            self._label,
             self.channels,
             self._memory_op,
             GrantTableOp(guest.domid, self._frames),
@@ -177,6 +207,7 @@ class MicroVm:
             ended=self._shut_down,
             write=write,
             runstate_flag=xen.set_runstate_update_flag,
+            over=self._over.is_set,
             handle=guest.uuid,
         )
         self.link = DaemonLink(
@@ -197,10 +228,10 @@ class MicroVm:
         assert self._ended is not None
         return self._ended
 
-    def end(self, reason: Shutdown, text: str) -> None:
+    def end(self, reason: Shutdown, text: str, *, fault: bool = False) -> None:
         """The guest runs no further; from any thread, and from a signal's handler. The first reason stays."""
         if self._ended is None:
-            self._ended = Ended(reason, text)
+            self._ended = Ended(reason, text, fault)
         self._over.set()
 
     def close(self) -> None:
@@ -233,12 +264,12 @@ class MicroVm:
 
     def _run(self, vcpu: Vcpu) -> None:
         try:
-            vcpu.enter()
-            while not self._over.is_set():
-                self._exited(vcpu, vcpu.run())
+            with vcpu.entered():
+                while not self._over.is_set():
+                    self._exited(vcpu, vcpu.run())
         except Exception as error:
             if not isinstance(error, OSError):
-                log.exception("domain %d (%s): vCPU %d has stopped", self.guest.domid, self.guest.name, vcpu.number)
+                log.exception("%s: vCPU %d has stopped", self._label, vcpu.number)
             self.end(Shutdown.CRASH, f"vCPU {vcpu.number}: {error}")
 
     def _exited(self, vcpu: Vcpu, stop: Exit) -> None:
@@ -247,11 +278,11 @@ class MicroVm:
                 pointers = Pointers(self.physmap, vcpu.translate, vcpu=vcpu.number, long_mode=long_mode)
                 vcpu.answer(self.hypercalls.answer(pointers, number, params, cpl))
             case Io() | Mmio():
-                self.accesses.count(stop)
+                self.accesses.count(legacy_ports.name_of(stop))
                 if stop.read:
                     vcpu.answer_read(stop, legacy_ports.read(stop))
                 elif isinstance(stop, Io) and (asked := legacy_ports.write(stop)):
-                    self.end(asked[0], f"by {asked[1]}")
+                    self._ends(asked[0], f"by {asked[1]}")
             case _ if stop.reason == "kicked":
                 pass
             case _ if stop.reason == "shutdown":
@@ -259,10 +290,22 @@ class MicroVm:
                 # toolstack says nothing else; but a guest that has not come as far as to hear of events would do it
                 # again and again.
                 up = self._hvm_op.params.get(HvmParam.CALLBACK_IRQ)
+                self._log_registers()
                 reason = Shutdown.REBOOT if up else Shutdown.CRASH
-                self.end(reason, f"vCPU {vcpu.number}: triple fault")
+                self._ends(reason, f"vCPU {vcpu.number}: triple fault", fault=True)
             case _:
-                self.end(Shutdown.CRASH, f"vCPU {vcpu.number}: KVM gave up: {stop.reason} ({vcpu.registers()})")
+                self._log_registers()
+                self.end(Shutdown.CRASH, f"vCPU {vcpu.number}: KVM gave up: {stop.reason}")
+
+    def _log_registers(self) -> None:
+        for vcpu in self.vcpus:
+            log.error("%s: vCPU %d: %s", self._label, vcpu.number, vcpu.registers())
+
+    def _ends(self, reason: Shutdown, text: str, *, fault: bool = False) -> None:
+        """By other means than SCHEDOP_shutdown, for which the guest may have left another reason."""
+        announced = self.hypercalls.reason(reason)
+        # the vCPU has nothing that it could go on with
+        self.end(reason if announced in (Shutdown.SUSPEND, Shutdown.SOFT_RESET) else announced, text, fault=fault)
 
     def _shut_down(self, reason: int) -> int:
         """SCHEDOP_shutdown."""
@@ -277,48 +320,6 @@ class MicroVm:
 
     # ---- what the guest moves ----------------------------------------------------------------------------------
 
-    def _place_shared_info(self, gfn: int | None) -> int:
-        """The page is in RAM, at `gfn`; what it held is there too."""
-        xen = self.machine.xen
-        with self.channels.lock:
-            before = self._shared_info
-            if gfn is None or gfn == before:
-                if gfn is None:
-                    self._forget_shared_info()
-                return 0
-            found = self.physmap.find(gfn)
-            if found is None or found[0] is not self._ram:
-                return -errno.EINVAL
-            memory, at = found
-            content = bytes(PAGE_SIZE) if before is None else self.physmap.read(before << PAGE_SHIFT, PAGE_SIZE)
-            memory.view[at : at + PAGE_SIZE] = content
-            self.channels.ports.long_mode = long_mode = xen.long_mode()
-            self._bits.move(memory.address + at, long_mode=long_mode)
-            xen.set_shared_info(gfn)
-            self._shared_info = gfn
-            for n in range(min(self.guest.vcpus, SHARED_INFO_VCPUS)):
-                if n not in self._vcpu_op.registered:
-                    self._kernel.register(n, (gfn << PAGE_SHIFT) + n * VCPU_INFO_SIZE)
-            if before is not None:
-                self._raise_late(before, content)
-        return 0
-
-    def _raise_late(self, before: int, content: bytes) -> None:
-        """Events that came to the old page after it was copied."""
-        now = self.physmap.read(before << PAGE_SHIFT, PAGE_SIZE)
-        for setting in self.channels.ports.table():
-            byte, bit = SHARED_INFO_PENDING + setting.port // 8, 1 << setting.port % 8
-            if now[byte] & bit and not content[byte] & bit:
-                self._kernel.raise_event(setting.port, setting.vcpu)
-
-    def _forget_shared_info(self) -> None:
-        for n in range(self.guest.vcpus):
-            if n not in self._vcpu_op.registered:
-                self._kernel.register(n, INVALID_GFN)
-        self.machine.xen.set_shared_info(INVALID_GFN)
-        self._bits.move(0, long_mode=True)
-        self._shared_info = None
-
     def _register(self, vcpu: int, gpa: int) -> None:
         with self.channels.lock:
             self._kernel.register(vcpu, gpa)
@@ -328,8 +329,13 @@ class MicroVm:
             client = self.channels.client
             if client is None or client.lost:
                 return  # RESUME tells where it is
-            client.grant_frame_remove(index)
-            client.grant_frame_add(GrantFrame(index, *self._frames.place(index)))
+            try:
+                with contextlib.suppress(Refused):  # not there: an earlier one was refused
+                    client.grant_frame_remove(index)
+                client.grant_frame_add(GrantFrame(index, *self._frames.place(index)))
+            except Disconnected:
+                if not client.lost:
+                    raise  # it does not answer
 
     # ---- the daemon --------------------------------------------------------------------------------------------
 
@@ -361,36 +367,45 @@ class MicroVm:
         client.start()
 
     def _soft_reset(self) -> None:
-        """The guest has begun anew by itself (kexec): nothing of Xen's is left, its memory stays."""
-        log.info("domain %d (%s): soft reset", self.guest.domid, self.guest.name)
-        with self.channels.turn:
+        """The guest begins anew by itself (kexec): nothing of Xen's is left; its memory stays, and its vCPUs go on.
+
+        Meanwhile they are paused, as Xen has them (domain_soft_reset). Linux has stopped the others before
+        (native_machine_shutdown), and starts them by INIT and SIPI again.
+        """
+        log.info("%s: soft reset", self._label)
+        with self.channels.turn, contextlib.ExitStack() as paused:
+            for vcpu in self.vcpus:
+                paused.enter_context(vcpu.outside())
             self.link.release(Shutdown.SOFT_RESET)
+            self._timers.reset()
             self.channels.reset()
             with self.channels.lock:
                 self._vcpu_op.reset()
-                self._forget_shared_info()
+                self._shared_info.forget()
                 for vcpu in self.vcpus:
                     vcpu.xen.set_runstate_address(INVALID_GFN)
                     vcpu.xen.set_time_info(INVALID_GFN)
+                    vcpu.xen.set_upcall_vector(0)
+            if XenHvm.RUNSTATE_UPDATE_FLAG in self.machine.has:
+                self.machine.xen.set_runstate_update_flag(False)
             self._memory_op.reset()
             self._hvm_op.reset()
             self._frames.reset()
             self._reserve()
             try:
-                self.link.connect()
+                self.link.connect(self.guest.resume, self._over.is_set)
             except EvtchndError as error:
                 self.end(Shutdown.CRASH, f"after a soft reset: {error}")
 
     def _daemon_lost(self) -> None:
         """The guest goes on; its kicks stay in their eventfds."""
         if not self._over.is_set():
-            log.warning("domain %d (%s): the daemon has gone: waiting for it", self.guest.domid, self.guest.name)
+            log.warning("%s: the daemon has gone: waiting for it", self._label)
             threading.Thread(target=self._come_back, name=f"{self.guest.name} resume", daemon=True).start()
 
     def _come_back(self) -> None:
         try:
-            with self.channels.turn:
-                self.link.resume(self.guest.resume)
-            log.info("domain %d (%s): the daemon is back", self.guest.domid, self.guest.name)
+            if self.link.resume(self.guest.resume):
+                log.info("%s: the daemon is back", self._label)
         except (EvtchndError, OSError) as error:
             self.end(Shutdown.CRASH, f"the daemon has not come back: {error}")

@@ -9,11 +9,11 @@ Source: xen/include/public/physdev.h; the message as Linux composes it (arch/x86
 from __future__ import annotations
 
 import errno
-import struct
 from enum import IntEnum
 
 from evtchnd.abi import DOMID_SELF
 from evtchnd.ports import NR_PIRQS
+from evtchnd.vmm.guest_pointer import Layout
 
 
 class Physdevop(IntEnum):
@@ -24,13 +24,13 @@ class Physdevop(IntEnum):
     GET_FREE_PIRQ = 23
 
 
-_MAP = struct.Struct("<H2xiiiiiiiQ")  # domid, type, index, pirq, bus, devfn, entry_nr, (pad), table_base
-_UNMAP = struct.Struct("<H2xi")  # domid, pirq
-_FREE = struct.Struct("<iI")  # type, pirq
-SIZES = {
-    int(Physdevop.MAP_PIRQ): _MAP.size,
-    int(Physdevop.UNMAP_PIRQ): _UNMAP.size,
-    int(Physdevop.GET_FREE_PIRQ): _FREE.size,
+_MAP = Layout("H2xiiiiii4xQ", "H2xiiiiiiQ")  # domid, type, index, pirq, bus, devfn, entry_nr, table_base
+_UNMAP = Layout("H2xi")  # domid, pirq
+_FREE = Layout("iI")  # type, pirq
+LAYOUTS = {
+    int(Physdevop.MAP_PIRQ): _MAP,
+    int(Physdevop.UNMAP_PIRQ): _UNMAP,
+    int(Physdevop.GET_FREE_PIRQ): _FREE,
 }
 
 _FIRST_MSI_PIRQ = 16  # below are the legacy interrupts, whose pirq is their gsi
@@ -58,33 +58,34 @@ class Pirqs:
     def __init__(self) -> None:
         self._mapped: set[int] = set()
 
-    def call(self, op: int, arg: bytes) -> tuple[int, bytes]:
-        """HYPERVISOR_physdev_op: (0 or a negated error number, the struct as it goes back or b"")."""
+    def call(self, op: int, fields: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        """HYPERVISOR_physdev_op with the struct of LAYOUTS: (0 or a negated error number, the struct as it goes back
+        or nothing)."""
         match op:
             case Physdevop.MAP_PIRQ:
-                dom, kind, index, pirq, *rest = _MAP.unpack(arg)
+                dom, kind, index, pirq, *rest = fields
                 if dom != DOMID_SELF:
-                    return -errno.EPERM, b""
+                    return -errno.EPERM, ()
                 if pirq < 0:
                     pirq = self._free()
                 if not 0 <= pirq < NR_PIRQS:
-                    return -errno.ENOSPC, b""
+                    return -errno.ENOSPC, ()
                 self._mapped.add(pirq)
-                return 0, _MAP.pack(dom, kind, index, pirq, *rest)
+                return 0, (dom, kind, index, pirq, *rest)
             case Physdevop.UNMAP_PIRQ:
-                dom, pirq = _UNMAP.unpack(arg)
+                dom, pirq = fields
                 if dom != DOMID_SELF or pirq not in self._mapped:
-                    return -errno.EINVAL, b""
+                    return -errno.EINVAL, ()
                 self._mapped.discard(pirq)
-                return 0, b""
+                return 0, ()
             case Physdevop.GET_FREE_PIRQ:
-                kind, _ = _FREE.unpack(arg)
+                kind, _ = fields
                 pirq = self._free()
                 if pirq >= NR_PIRQS:
-                    return -errno.ENOSPC, b""
+                    return -errno.ENOSPC, ()
                 self._mapped.add(pirq)
-                return 0, _FREE.pack(kind, pirq)
-        return -errno.ENOSYS, b""
+                return 0, (kind, pirq)
+        return -errno.ENOSYS, ()
 
     def _free(self) -> int:
         """NR_PIRQS: there is none."""

@@ -176,7 +176,8 @@ class SoftVmm:
     def resume(self, timeout: float = 30.0) -> None:
         """Goes to a restarted daemon and sends everything again; the guest notices nothing. Tries until `timeout`."""
         with self._guest:
-            self._link.resume(timeout)
+            self._link.close()
+        self._link.resume(timeout)
 
     @property
     def client(self) -> Client:

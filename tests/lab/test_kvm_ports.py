@@ -258,7 +258,7 @@ def test_an_event_before_vcpu_info_is_kept(other: Other, daemon: Daemon) -> None
 
 def pirq_of(domain: Domain) -> tuple[int, int]:
     """A pirq that the guest has mapped, and the port that it has bound to it."""
-    request = struct.pack("<H2xiiiiiiiQ", DOMID_SELF, 0, -1, -1, 0, 8, 0, 0, 0)
+    request = struct.pack("<H2xiiiiii4xQ", DOMID_SELF, 0, -1, -1, 0, 8, 0, 0)
     result, _ = domain.call(Xen.PHYSDEV_OP, physdev.Physdevop.MAP_PIRQ, domain.scratch(), data=request)
     assert result == 0
     pirq = struct.unpack_from("<i", domain.runners[0].mailbox.scratch(40), 12)[0]
