@@ -25,12 +25,15 @@ from evtchnd.control.daemon import Daemon
 from evtchnd.control.listening import Listening
 from evtchnd.control.operator import NAME, Operator, version
 from evtchnd.control.zygote import Zygote
-from evtchnd.errors import EvtchndError
+from evtchnd.errors import EvtchndError, HostError
+from evtchnd.xenstore.log import Log
 
 log = logging.getLogger("evtchnd")
 
 # What is stored must be with the manager before anybody relies on it; it is one process of this host.
 _BARRIER_S = 5.0
+# XenStore's log in the descriptor store
+STATE = "xenstore"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words.need_atomics()  # every worker would end at its start
         passed = sdnotify.inherited()
+        state = _state(args.state_fd, passed, kept=bool(notifier))
         period = sdnotify.watchdog_period()
         # before any loop, thread or socket exists: every worker is a copy of what is here now
         zygote = None if config.single_process else Zygote.fork()
-        uvloop.run(_serve(config, zygote, notifier, passed, period))
+        uvloop.run(_serve(config, zygote, notifier, passed, period, state))
     except EvtchndError as exc:
         log.error("%s", exc)
         return 1
@@ -69,20 +73,21 @@ async def _serve(
     notifier: sdnotify.Notifier,
     passed: Mapping[str, Sequence[int]],
     period: float | None,
+    state: Log | None,
 ) -> None:
     """The daemon's life, until a signal ends it."""
     loop = asyncio.get_running_loop()
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
-    listening = Listening(config, passed)
-    daemon = Daemon(config, zygote=zygote, listening=listening.sockets)
+    listening = Listening(config, {name: fds for name, fds in passed.items() if name != STATE})
+    daemon = Daemon(config, zygote=zygote, listening=listening.sockets, log_of_store=state)
     operator = Operator(daemon, config.limits, listening.sockets["control"])
     watchdog = asyncio.create_task(_watchdog(notifier, period))
     try:
         await daemon.start()
         operator.start()
-        await _keep(listening, notifier)
+        await _keep(listening, notifier, state if STATE not in passed else None)
         notifier.ready(f"serving in {config.runtime_dir}")
         if not _core.COMPILED:
             log.warning("the core is not compiled and runs as Python, about five times slower: install gcc, then again")
@@ -99,16 +104,39 @@ async def _serve(
         listening.close(keep=bool(notifier))
 
 
-async def _keep(listening: Listening, notifier: sdnotify.Notifier) -> None:
-    """Into the descriptor store: sockets there take connections while nobody is here. Those of units are anyway."""
-    if not listening.made:
+async def _keep(listening: Listening, notifier: sdnotify.Notifier, state: Log | None) -> None:
+    """Into the descriptor store: sockets there take connections while nobody is here. Those of units are anyway.
+
+    `state`: XenStore's log, unless it came from there.
+    """
+    if not listening.made and state is None:
         return
     try:
         for name in listening.made:
             notifier.store(name, listening.sockets[name].fileno())
+        if state is not None:
+            notifier.store(STATE, state.fd)
         await notifier.barrier(_BARRIER_S)
     except EvtchndError as exc:
-        log.warning("sockets are not kept over a restart: %s", exc)
+        log.warning("sockets and XenStore are not kept over a restart: %s", exc)
+
+
+def _state(fd: int | None, passed: dict[str, list[int]], *, kept: bool) -> Log | None:
+    """XenStore's log: from --state-fd, from systemd, or a new one if there is somebody to keep it."""
+    if STATE in passed:
+        stored, *rest = passed[STATE]
+        for each in rest:
+            os.close(each)
+        if fd is None:
+            return Log.adopt(stored)
+        os.close(stored)
+    if fd is not None:
+        try:
+            os.set_inheritable(fd, False)
+        except OSError as exc:
+            raise HostError(f"--state-fd {fd}: {exc.strerror}") from None
+        return Log.adopt(fd)
+    return Log.create() if kept else None
 
 
 async def _watchdog(notifier: sdnotify.Notifier, period: float | None) -> None:
@@ -154,6 +182,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=_folder,
         metavar="DIR",
         help=f"where all sockets lie ({configuration.DEFAULT_RUNTIME_DIR})",
+    )
+    add(
+        "--state-fd",
+        type=int,
+        metavar="N",
+        help="a memfd, empty or of an earlier run, that holds XenStore over a restart; systemd keeps one by itself",
     )
     add("--single-process", action="store_true", help="no worker processes: for debugging")
     add("--log-level", choices=("debug", "info", "warning", "error"))

@@ -83,6 +83,23 @@ class ByteStream:
 
     def read(self, most: int) -> bytes:
         """A copy of at most `most` bytes, which are gone from the ring then. The caller notifies if there were any."""
+        data = self.peek(most)
+        if data:
+            self.consume(len(data))
+        return data
+
+    @property
+    def cons(self) -> int:
+        """This side's position in what it reads; 32 bits, free-running."""
+        return self._cons
+
+    @property
+    def prod(self) -> int:
+        """This side's position in what it writes."""
+        return self._prod
+
+    def peek(self, most: int) -> bytes:
+        """A copy of at most `most` bytes, which stay in the ring."""
         n = min(self.available(), most)
         if n <= 0:
             return b""
@@ -91,11 +108,19 @@ class ByteStream:
         data = self._mem.read(self._in.data + start, first)
         if first < n:
             data += self._mem.read(self._in.data, n - first)
+        return data
+
+    def consume(self, n: int) -> None:
+        """`n` bytes that were peeked at are gone from the ring."""
         full_fence()  # the copy is complete before the other side may write there again
         self._cons = (self._cons + n) & MASK
         self._mem.store(self._in.cons, self._cons)
         full_fence()  # and a look at prod that follows is later than this
-        return data
+
+    def resume(self, cons: int) -> None:
+        """Reads on from position `cons`, whatever the page says."""
+        self._cons = cons & MASK
+        self._mem.store(self._in.cons, self._cons)
 
     def write(self, data: bytes | memoryview) -> int:
         """Copy in as much as fits; -> how much. The caller notifies if it was any."""

@@ -188,6 +188,14 @@ TABLES: dict[str, list[Row]] = {
         (7, "", Op.READ, b"data/x\0", b"3"),
         (7, "", Op.TRANSACTION_END, b"T\0", "ENOENT"),
     ],
+    "what was never there": [
+        (0, "", Op.WATCH, b"/\0t\0", OK, {0: ["/ t"]}),
+        (7, "a", Op.TRANSACTION_START, b"\0", ID),
+        (7, "a", Op.WRITE, b"data/x/y\x001", OK),
+        (7, "a", Op.WRITE, b"data/z\x001", OK),
+        (7, "a", Op.RM, b"data/x\0", OK),
+        (7, "a", Op.TRANSACTION_END, b"T\0", OK, {0: ["/local/domain/7/data/z t"]}),
+    ],
     "a transaction that is dropped": [
         (0, "", Op.WATCH, b"/\0t\0", OK, {0: ["/ t"]}),
         (7, "a", Op.TRANSACTION_START, b"\0", ID),

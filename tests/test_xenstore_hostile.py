@@ -1,5 +1,8 @@
-"""What hostile guests do to a XenStore, by the number of the advisory: the rest of them (others are in
-test_xenstore_store.py, _server.py and _rings.py). One bad client is refused or closed; the others do not notice."""
+"""What hostile guests do to a XenStore, by the number of the advisory: the rest of them, and those at transports.
+
+Others are in test_xenstore_advisories.py, _server.py and _rings.py. One bad client is refused or closed; the others do
+not notice.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from evtchnd.xenstore.server import Server
 from evtchnd.xenstore.store import XenStore
 from evtchnd.xenstore.wire import Op
 from scale import scaled
-from test_xenstore_store import OK, Guest, boot
 from xenstore_ends import FrontRing, SocketEnd
+from xenstore_guest import OK, Guest, boot
 
 NODE_OPS = (Op.READ, Op.DIRECTORY, Op.GET_PERMS, Op.WRITE, Op.MKDIR, Op.RM, Op.SET_PERMS, Op.DIRECTORY_PART)
 WATCH_OPS = (Op.WATCH, Op.UNWATCH)

@@ -66,7 +66,7 @@ async def test_a_ring_starts_anew_in_the_middle_of_packets(server: Server, guest
     guest.send_some(wire.pack(Op.READ, 1, 0, b"data\0") + wire.pack(Op.WRITE, 2, 0, b"data/lost\0" + b"y" * 500)[:300])
     await until(lambda: guest.word(2060) - guest.word(2056) == 1024)
     server.write("/local/domain/7/data/z", "1")
-    assert guest.ring._sending
+    assert guest.ring.conn.unsent
     assert guest.ring._parser.partial
     if by == "guest":
         guest.put(CONNECTION, 1)
@@ -76,7 +76,7 @@ async def test_a_ring_starts_anew_in_the_middle_of_packets(server: Server, guest
         assert await tool_asks(server, Op.INTRODUCE, b"7\x00123\x001\0") == b"OK\0"
     assert [guest.word(at) for at in INDICES] == [0, 0, 0, 0]
     assert (len(server.store.watches), guest.ring.conn.transactions, list(guest.ring.conn.out)) == (0, {}, [])
-    assert not guest.ring._sending
+    assert not guest.ring.conn.unsent
     assert not guest.ring._parser.partial
     guest.got = b""
     assert await guest.ask(Op.READ, b"data/lost\0") == b"ENOENT\0"

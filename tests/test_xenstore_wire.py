@@ -112,11 +112,9 @@ def test_values_survive_as_text(data: bytes) -> None:
     assert wire.encode(wire.decode(data)) == data
 
 
-def test_parents_and_children() -> None:
+def test_parents() -> None:
     assert wire.parent_of(b"/a") == wire.parent_of(b"/") == b"/"
     assert wire.parent_of(b"/a/b") == b"/a"
-    assert wire.child_of(b"/", b"a") == b"/a"
-    assert wire.child_of(b"/a", b"b") == b"/a/b"
 
 
 def test_an_error_tells_its_name_number_and_place() -> None:

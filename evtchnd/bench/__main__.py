@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from evtchnd.bench import blk, guest, report, wakeup
+from evtchnd.bench import blk, guest, report, wakeup, xenstore
 from evtchnd.errors import EvtchndError
 
 
@@ -16,9 +16,16 @@ def parser() -> argparse.ArgumentParser:
     blk.add_arguments(block)
     waking = commands.add_parser("wakeup", help="from a guest's kick to the answer it sees, beside a server in C")
     wakeup.add_arguments(waking)
+    store = commands.add_parser("xenstore", help="XenStore's requests, beside an echo server on the same loop")
+    xenstore.add_arguments(store)
     real = commands.add_parser("guest", help="fio in a real guest in the lab, beside QEMU's own Xen backends")
     guest.add_arguments(real)
-    for command, run in ((block, blk.run), (waking, wakeup.run), (real, guest.run)):
+    for command, run in (
+        (block, blk.run),
+        (waking, wakeup.run),
+        (store, xenstore.run),
+        (real, guest.run),
+    ):
         command.set_defaults(run=run)
         command.add_argument("--json", metavar="FILE", help="readings and ratios; -: alone on standard output")
         command.add_argument("--plot", metavar="FILE.svg", help="bar charts (extra `bench`)")

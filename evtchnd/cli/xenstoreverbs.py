@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from evtchnd.cli import xenstorestream
 from evtchnd.errors import OperatorError
 from evtchnd.xenstore import wire
 from evtchnd.xenstore.client import Client, Operations
@@ -37,7 +38,7 @@ def run(name: str, args: Asked, control_socket: Path) -> None:
         except (FileNotFoundError, ConnectionRefusedError):
             raise OperatorError(f"{path}: no evtchnd serves there (--runtime-dir names its folder)") from None
         try:
-            async with asyncio.timeout(None if name == "watch" else args.timeout):
+            async with asyncio.timeout(None if name in _LONG else args.timeout):
                 await _VERBS[name](args, client)
         finally:
             await client.close()
@@ -234,7 +235,11 @@ _VERBS: dict[str, Callable[[Asked, Client], Awaitable[None]]] = {
     "rm": _rm,
     "watch": _watch,
     "quota": _quota,
+    "dump": lambda args, client: xenstorestream.dump(args, client, _tree),
+    "load": xenstorestream.load,
 }
+# As long as there is something to say, or so many nodes take
+_LONG = ("watch", "dump", "load")
 
 # ---- output
 

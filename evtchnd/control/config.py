@@ -66,6 +66,9 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     image_s: Seconds = 8.0
     # Closing of a disk that its guest has to take part in: libxl's LIBXL_DESTROY_TIMEOUT.
     detach_s: Seconds = 10.0
+    # After a restart: from then on, a domain whose VMM has not come back with RESUME has ended. A VMM tries again each
+    # 50 ms; a host that starts 512 workers anew takes some seconds.
+    resume_s: Seconds = 60.0
     # Requests in flight when a worker is told to end, as Linux' netback waits for its own.
     drain_s: Seconds = 10.0
     # A worker that dies is started again at once, then after a doubling pause: a guest that kills it on purpose costs
@@ -81,7 +84,7 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Poll(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Adaptive polling of the rings before a worker sleeps."""
+    """Adaptive polling: of the rings before a worker sleeps, of XenStore's clients before the control plane does."""
 
     # A sleeping CPU takes 50-100 us to wake: looking for about as long can never cost more than twice the wake-up.
     # KVM's own halt polling ends at 200 us. 0: never poll.

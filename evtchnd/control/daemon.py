@@ -29,9 +29,12 @@ from evtchnd.control.vmm_connection import VmmConnection
 from evtchnd.control.zygote import Workers, Zygote
 from evtchnd.diskspec import DiskSpec
 from evtchnd.errors import HostError, OperatorError, VmmError
+from evtchnd.xenstore import restore
 from evtchnd.xenstore.client import Client
+from evtchnd.xenstore.log import Log
+from evtchnd.xenstore.migration import MigrationError
 from evtchnd.xenstore.quota import Quotas
-from evtchnd.xenstore.server import Server
+from evtchnd.xenstore.server import Server, XenStore
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class Daemon:
                    tasks of this loop)
     listening      listening sockets by name ("vmm", "xenstored") that stay the caller's; those that are missing are
                    made here
+    log_of_store   XenStore's log, which somebody else holds, too: what is in it is the store
     """
 
     def __init__(
@@ -57,17 +61,21 @@ class Daemon:
         *,
         zygote: Zygote | None,
         listening: Mapping[str, socket.socket] | None = None,
+        log_of_store: Log | None = None,
     ) -> None:
         self._config = config
         self._workers: Workers = zygote if zygote is not None else InProcess()
         self._listening = dict(listening or {})
         self._images = Images(config.limits.image_s)
-        self._server = Server(quotas=Quotas(**msgspec.structs.asdict(config.xenstore)))
+        store = _store(log_of_store, Quotas(**msgspec.structs.asdict(config.xenstore)))
+        self._server = Server(store, poll_us=config.poll.max_us)
+        self._log = log_of_store
         self._domains: dict[int, tuple[Domain, VmmConnection]] = {}
         self._connections: set[VmmConnection] = set()
         self._vmm: socket.socket | None = None
         self._made = False
         self._store: Client | None = None
+        self._lost: asyncio.TimerHandle | None = None
 
     # ---- life
 
@@ -88,10 +96,28 @@ class Daemon:
         else:
             self._vmm = transport.listen(self._config.vmm_socket)
             self._made = True
-        asyncio.get_running_loop().add_reader(self._vmm.fileno(), self._accept)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._vmm.fileno(), self._accept)
+        if kept := len(self._server.store.waiting):
+            log.info(
+                "%d domains are kept for their VMMs, for %g s (limits.resume_s)", kept, self._config.limits.resume_s
+            )
+            self._lost = loop.call_later(self._config.limits.resume_s, self._release_lost)
+
+    def _release_lost(self) -> None:
+        """Domains of before this process whose VMMs have not come back."""
+        for domid in [domid for domid in self._server.store.waiting if domid not in self._domains]:
+            log.warning("domain %d: its VMM has not come back: released", domid)
+            toolstack.release_kept(self._server, domid)
 
     async def stop(self) -> None:
-        """Ends every worker and connection, closes everything. Idempotent."""
+        """Ends every worker and connection, closes everything. Idempotent.
+
+        XenStore's log keeps its domains: their VMMs may come back to the next daemon.
+        """
+        self._server.stop_recording()
+        if self._lost is not None:
+            self._lost.cancel()
         vmm, self._vmm = self._vmm, None
         if vmm is not None:
             asyncio.get_running_loop().remove_reader(vmm.fileno())
@@ -107,6 +133,8 @@ class Daemon:
             await store.close()
         await self._server.close()
         await self._workers.close()
+        if self._log is not None:
+            self._log.close()
 
     # ---- what operators ask
 
@@ -390,6 +418,17 @@ class Daemon:
     def gone(self, connection: VmmConnection) -> None:
         """A connection has ended, and its domain."""
         self._connections.discard(connection)
+
+
+def _store(log_of_store: Log | None, quotas: Quotas) -> XenStore:
+    if log_of_store is None:
+        return XenStore(quotas)
+    try:
+        return restore.open_store(log_of_store, quotas)
+    except MigrationError as exc:
+        log.error("xenstore: the log is damaged, the store begins empty: %s", exc)
+        log_of_store.clear()
+        return restore.open_store(log_of_store, quotas)
 
 
 def _summary(domain: Domain) -> dict[str, Any]:

@@ -248,14 +248,20 @@ class Domain:
     async def _start(self) -> None:
         await self._attach_first()
         await self.supervisor.start()
-        toolstack.add_domain(self._server, self)
-        quotas = self._config.xenstore_of(self.domid)
-        if quotas is not None:
-            self._server.store.set_quotas(self.domid, Quotas(**msgspec.structs.asdict(quotas)))
-        self._server.introduce(self.domid)
+        kept = self._server.kept(self.domid)
+        if kept and not self.resumed:
+            # another one of that number, which inherits nothing
+            toolstack.release_kept(self._server, self.domid)
+        if not (kept and self.resumed):
+            toolstack.add_domain(self._server, self)
+            quotas = self._config.xenstore_of(self.domid)
+            if quotas is not None:
+                self._server.store.set_quotas(self.domid, Quotas(**msgspec.structs.asdict(quotas)))
+            self._server.introduce(self.domid)
         if self._page is not None:
             kick, notify = await self.ports.bind(STORE, [self.store_port])
             self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
+        self._server.resumed(self.domid)
         await self.consoles.start(self.supervisor)
         for disk in self.disks.values():
             toolstack.add_disk(self._server, disk)

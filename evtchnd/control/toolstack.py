@@ -126,6 +126,13 @@ def remove_domain(server: Server, domid: int, uuid: str) -> None:
             t.rm(vm)
 
 
+def release_kept(server: Server, domid: int) -> None:
+    """Everything of a domain that was there before this process, and does not come back."""
+    vm = server.get(f"{home(domid)}/vm", "") or ""
+    server.release(domid)
+    remove_domain(server, domid, vm.removeprefix("/vm/"))
+
+
 def _vms(t: LocalTransaction) -> set[str]:
     """The nodes below /vm that domains have."""
     domains = t.ls("/local/domain") if t.exists("/local/domain") else []

@@ -69,6 +69,7 @@ def set_target(request: Request) -> bytes:
         raise XenStoreError("EINVAL")
     domid, target = (_known(request.store, text) for text in texts[:2])
     request.store.domains[domid].target = target
+    request.store.changed(request.store.domains[domid])
     return OK
 
 
@@ -110,6 +111,7 @@ def set_feature(request: Request) -> bytes:
         raise XenStoreError("EINVAL", "a feature that is not known")
     domain = store.domain(domid)
     domain.features, domain.configured = features, True
+    store.changed(domain)
     return OK
 
 

@@ -6,7 +6,7 @@ No command opens a file: `logfile` is not known, and reports go into the reply.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from operator import itemgetter
 
 from . import wire
@@ -25,22 +25,35 @@ _SHOWN = 200
 _LINES = 40
 
 
-def control(request: Request) -> bytes:
+def control(request: Request) -> bytes | None:
     """command, parameters -> what it says, or OK"""
     command, *words = wire.strings(request.payload) or [b""]
     name = wire.decode(command)
+    if name == "check" and not words:
+        return _check(request)
     if name not in _COMMANDS:
         raise XenStoreError("EINVAL", "no such command")
     return _COMMANDS[name][0](request.store, [wire.decode(word) for word in words])
 
 
-def _check(store: XenStore, words: list[str]) -> bytes:
-    if words:
-        raise XenStoreError("EINVAL")
-    faults = store.check()
-    for fault in faults:
-        log.error("xenstore: check: %s", fault)
-    return b"%d faults, see the log\0" % len(faults) if faults else OK
+def _check(request: Request) -> bytes | None:
+    """Walks the whole store, and answers at the end of it."""
+    store, conn = request.store, request.conn
+
+    def walk() -> Generator[None, None, None]:
+        faults = yield from store.check_steps()
+        for fault in faults:
+            log.error("xenstore: check: %s", fault)
+        if conn in store.connections:
+            body = b"%d faults, see the log\0" % len(faults) if faults else OK
+            conn.reply(request.op, request.req_id, request.tx_id, body)
+
+    if store.later is None or conn.flush is None:  # nobody would send it
+        for _ in walk():
+            pass
+    else:
+        store.later(walk())
+    return None
 
 
 def _log(store: XenStore, words: list[str]) -> bytes:
@@ -180,11 +193,11 @@ def _quota_soft(store: XenStore, words: list[str]) -> bytes:
 def _help(_: XenStore, words: list[str]) -> bytes:
     if words:
         raise XenStoreError("EINVAL")
-    return "".join(f"{name:<15} {text}\n" for name, (_, text) in _COMMANDS.items()).encode() + b"\0"
+    texts = {"check": "", **{name: text for name, (_, text) in _COMMANDS.items()}}
+    return "".join(f"{name:<15} {text}\n" for name, text in texts.items()).encode() + b"\0"
 
 
 _COMMANDS: dict[str, tuple[Callable[[XenStore, list[str]], bytes], str]] = {
-    "check": (_check, ""),
     "log": (_log, "[on|off|+io|-io]"),
     "memreport": (_memreport, ""),
     "print": (_print, "<string>"),

@@ -61,6 +61,8 @@ def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, 
             conn.reply(op, req_id, tx_id, body)
     finally:
         store.cause = None
+    if store.recorder is not None:
+        store.recorder.commit(store.ready)
     if store.trace:
         control.trace(conn, op, tx_id, payload)
 
@@ -148,8 +150,7 @@ def _read(request: Request) -> bytes:
 
 
 def _directory(request: Request) -> bytes:
-    names = _readable(request, wire.one_string(request.payload), CHILDREN).names()
-    return b"\0".join([*names, b""]) if names else b""
+    return _readable(request, wire.one_string(request.payload), CHILDREN).listing()
 
 
 def _directory_part(request: Request) -> bytes:
@@ -159,7 +160,7 @@ def _directory_part(request: Request) -> bytes:
         raise XenStoreError("EINVAL")
     node = _readable(request, texts[0], CHILDREN)
     offset = wire.number(texts[1], 0xFFFFFFFF)
-    names = b"".join([name + b"\0" for name in node.names()])
+    names = node.listing()
     head = b"%d\0" % node.generation
     room = wire.PAYLOAD_MAX - len(head) - 1
     if len(names) - offset <= room:
@@ -279,6 +280,8 @@ def _transaction_start(request: Request) -> bytes:
     tx_id = conn.new_tx_id()
     conn.transactions[tx_id] = Transaction(store.tree, record=True)
     store.contention.started(conn)
+    if store.recorder is not None:
+        store.recorder.started(conn, tx_id)
     return b"%d\0" % tx_id
 
 
@@ -290,6 +293,8 @@ def _transaction_end(request: Request) -> bytes:
     if view is store.now:
         raise XenStoreError("ENOENT", "no transaction")
     del conn.transactions[request.tx_id]
+    if store.recorder is not None:
+        store.recorder.ended(conn, request.tx_id)
     path = view.conflict(store.tree) if verdict == b"T" and not view.failed else None
     store.contention.ended(conn, path)
     if verdict == b"F":

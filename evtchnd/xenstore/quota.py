@@ -149,12 +149,31 @@ class Connection:
     `confine`: the guest that a worker serves; see server.Server.attach_socket.
     `ready` is the store's list of connections with something new to send. The transport sets `flush` (send what waits),
     `on_close` (end, with the reason) and, where there is more to forget than is kept here, `on_reset`.
-    `conflicts`, `rivals`, `holder`, `held_at`: see contention.py.
+    `conflicts`, `rivals`, `holder`, `held_at`: see contention.py. Of a guest's ring: `unsent` was taken and is not yet
+    written; `received`, `partial`, `queued` (positions, and what is between requests), `log_id`, `fresh` (queued since
+    the last commit): see recorder.py.
     """
 
     __slots__ = (
-        *("_readable", "_writable", "caused", "confine", "conflicts", "domain", "domid", "flush", "held_at", "holder"),
-        *("home", "next_tx", "on_close", "on_reset", "out", "out_bytes", "overflowed", "privileged", "quotas", "ready"),
+        *("_readable", "_writable", "caused", "confine", "conflicts", "domain", "domid", "flush", "fresh", "held_at"),
+        *(
+            "holder",
+            "home",
+            "log_id",
+            "next_tx",
+            "partial",
+            "queued",
+            "received",
+            "unsent",
+            "on_close",
+            "on_reset",
+            "out",
+            "out_bytes",
+            "overflowed",
+            "privileged",
+            "quotas",
+            "ready",
+        ),
         *("refusals", "replies", "rivals", "transactions", "unread", "watch_bytes", "watches"),
     )
 
@@ -176,6 +195,10 @@ class Connection:
         self.replies = 0
         # Events that wait: whose request has fired them (None: domain 0's), and when
         self.unread: dict[bytes, tuple[Connection | None, float]] = {}
+        self.unsent = b""
+        self.log_id = self.received = self.queued = 0
+        self.partial = b""
+        self.fresh: list[bytes] | None = None
         self.caused = 0
         self.watch_bytes = 0
         self.conflicts = 0
@@ -250,7 +273,10 @@ class Connection:
         """Queue a reply; one that is too long becomes E2BIG (XSA-72)."""
         if len(payload) > wire.PAYLOAD_MAX:
             op, payload = Op.ERROR, b"E2BIG\0"
-        self.out.append(wire.pack(op, req_id, tx_id, payload))
+        message = wire.pack(op, req_id, tx_id, payload)
+        self.out.append(message)
+        if self.fresh is not None:
+            self.fresh.append(message)
         self.out_bytes += wire.HEADER_SIZE + len(payload)
         self.replies += 1
         self.ready[self] = None
@@ -278,7 +304,10 @@ class Connection:
             self.unread[payload] = cause, self.refusals.clock()
             if cause is not None:
                 cause.caused += 1
-        self.out.append(wire.pack(Op.WATCH_EVENT, 0, 0, payload))
+        message = wire.pack(Op.WATCH_EVENT, 0, 0, payload)
+        self.out.append(message)
+        if self.fresh is not None:
+            self.fresh.append(message)
         self.out_bytes += size
         self.ready[self] = None
 
@@ -307,6 +336,9 @@ class Connection:
 
     def clear(self) -> None:
         """Forget what waits to be sent."""
+        self.unsent = b""
+        if self.fresh:
+            self.fresh.clear()
         self.out.clear()
         for payload in list(self.unread):
             self._settled(payload)

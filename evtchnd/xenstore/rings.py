@@ -4,6 +4,9 @@
        0  req[1024]      2048  req_cons     2056  rsp_cons     2064  server_features    2072  error
     1024  rsp[1024]      2052  req_prod     2060  rsp_prod     2068  connection
 
+With a log (recorder.py) the guest's page and the log agree after a crash: a request is answered in the log before the
+page says that it was read, and an answer is in the log before the page has it.
+
 The two streams and their indices are stream.ByteStream's; the three words behind them are used here. A guest kicks
 once for a request that it writes in pieces, and not at all while the server is known to look: so look again until
 nothing is left, and notify once for all that was done (docs/misc/xenstore-ring.txt).
@@ -30,8 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Requests of one guest in a row; then the others have their turn
-BATCH = 32
+# Looks at one guest's ring in a row, each for one request; then the others have their turn
+BATCH = 4
 _ONE = (1).to_bytes(8, "little")
 
 
@@ -55,7 +58,9 @@ class RingConnection:
     def __init__(self, server: Server, domid: int, page: mmap.mmap | memoryview, kick: int, notify: int) -> None:
         self.domid = domid
         self.closed = False
-        self.conn = server.store.connect(domid)
+        waiting = server.store.waiting.pop(domid, None)
+        self.conn = server.store.connect(domid) if waiting is None else waiting
+        self._resumed = waiting is not None
         self.conn.flush = self._flush
         self.conn.on_close = self._end
         self.conn.on_reset = self._reintroduced
@@ -65,19 +70,50 @@ class RingConnection:
         self._words = self._view.cast("B").cast("I")
         self._stream = ByteStream(self._view, XENSTORE, side="back")
         self._parser = wire.Parser()
-        self._sending = b""
+        self._peeked = 0  # bytes that the parser has, and the ring, too
         self._waiting = False  # a request may lie in the ring, untouched
         self._dirty = False  # something was consumed or produced: the guest is notified once
-        self._turn: asyncio.Handle | None = None
+        self._queued = False  # it has a turn
         self._kick = _own(kick)
         self._notify = _own(notify)
 
     def start(self) -> None:
         """Offer the features, then serve; what the guest has written before is served at once."""
+        recorder = self._server.store.recorder
         self._words[XENSTORE_ERROR // 4] = 0
         self._words[XENSTORE_FEATURES // 4] = self.conn.domain.features
         self._loop.add_reader(self._kick, self._kicked)
-        self._turn = self._loop.call_soon(self._pump)
+        if self._resumed and not self._resume():
+            return
+        if recorder is not None:
+            queued = self._stream.prod if not self._resumed else self.conn.queued
+            recorder.opened(self.conn, self._stream.cons, queued)
+            self._server.flush()
+        self._later()
+
+    def _resume(self) -> bool:
+        """Goes on where an earlier process was. False: the guest has changed its page, so that it cannot be."""
+        conn, stream = self.conn, self._stream
+        stream.resume(conn.received)
+        self._parser.feed(conn.partial)
+        written = (stream.prod - (conn.queued - len(conn.unsent))) & 0xFFFFFFFF
+        if written > len(conn.unsent):
+            self._end(f"producer {stream.prod:#x} is not what was written", wire.ERROR_RINGIDX)
+            return False
+        conn.unsent = conn.unsent[written:]
+        # It may have been written, and not told
+        self._dirty = True
+        return True
+
+    def _later(self) -> None:
+        self._queued = True
+        self._server.turns.add(self)
+
+    def turn(self) -> bool:
+        """turns.Pump; it has itself added again."""
+        self._queued = False
+        self._pump()
+        return False
 
     def _kicked(self) -> None:
         try:
@@ -89,11 +125,11 @@ class RingConnection:
         except OSError as error:
             self._end(f"event channel: {error.strerror}", wire.ERROR_COMM)
             return
-        if self._turn is None:
+        self._server.looking.came()
+        if not self._queued:
             self._pump()
 
     def _pump(self) -> None:
-        self._turn = None
         try:
             offered = self.conn.domain.features & wire.FEATURE_RECONNECTION
             if offered and self._words[XENSTORE_CONNECTION // 4] == wire.RING_RECONNECT:
@@ -105,8 +141,10 @@ class RingConnection:
             self._end(str(error), wire.ERROR_PROTO)
         else:
             if more:
-                self._turn = self._loop.call_soon(self._pump)
-            self._tell()
+                # it is told when it has had all its turns; its quota of outstanding replies ends them
+                self._later()
+            else:
+                self._tell()
         self._server.flush()
 
     def _serve(self) -> bool:
@@ -125,36 +163,55 @@ class RingConnection:
             self._waiting = False
             message = parser.next()
             if message is None:
-                data = self._stream.read(wire.HEADER_SIZE + wire.PAYLOAD_MAX)
+                self._consume(parser.rest())
+                data = self._stream.peek(wire.HEADER_SIZE + wire.PAYLOAD_MAX)
                 if not data:
                     return False
-                self._dirty = True
                 parser.feed(data)
+                self._peeked = len(data)
                 continue
+            done = self._peeked - parser.partial
+            if store.recorder is not None:
+                store.recorder.received(conn, (self._stream.cons + done) & 0xFFFFFFFF, b"")
             operations.handle(store, conn, *message)
             if self.closed:
                 return False
+            if self._peeked:  # else the ring was reconnected
+                self._stream.consume(done)
+                self._peeked -= done
+                self._dirty = True
         self._send()
         return True
+
+    def _consume(self, partial: bytes) -> None:
+        """Takes what was peeked at from the ring: `partial`, which is no whole request yet, is kept here."""
+        if self._peeked:
+            recorder = self._server.store.recorder
+            if recorder is not None:
+                recorder.received(self.conn, (self._stream.cons + self._peeked) & 0xFFFFFFFF, partial)
+                recorder.commit(self._server.store.ready)
+            self._stream.consume(self._peeked)
+            self._peeked = 0
+            self._dirty = True
 
     def _send(self) -> None:
         """As much of what waits as the ring has room for."""
         conn, stream = self.conn, self._stream
-        while self._sending or conn.out:
-            if not self._sending:
-                self._sending = conn.take()
-            done = stream.write(self._sending)
+        while conn.unsent or conn.out:
+            if not conn.unsent:
+                conn.unsent = conn.take()
+            done = stream.write(conn.unsent)
             if done == 0:
                 return
             self._dirty = True
-            self._sending = self._sending[done:]
+            conn.unsent = conn.unsent[done:]
 
     def _flush(self) -> None:
         """An event has come up by somebody else's request."""
-        if self._turn is not None or self.closed:
+        if self._queued or self.closed:
             return
         if self._waiting and not self.conn.busy:
-            self._turn = self._loop.call_soon(self._pump)
+            self._later()
             return
         try:
             self._send()
@@ -179,9 +236,14 @@ class RingConnection:
 
     def _reconnect(self) -> None:
         """The guest wants a fresh ring: whatever was under way is dropped, in both directions."""
-        self._server.store.reset(self.conn)
+        store = self._server.store
+        recorder = store.recorder
+        store.reset(self.conn)
         self._parser = wire.Parser()
-        self._sending = b""
+        self._peeked = 0
+        if recorder is not None:
+            recorder.opened(self.conn, 0, 0)
+            recorder.commit(store.ready)
         self._stream.reset()
         self._words[XENSTORE_ERROR // 4] = 0
         self._words[XENSTORE_CONNECTION // 4] = wire.RING_CONNECTED
@@ -202,9 +264,9 @@ class RingConnection:
             return
         self.closed = True
         self._loop.remove_reader(self._kick)
-        if self._turn is not None:
-            self._turn.cancel()
-            self._turn = None
+        if self._queued:
+            self._server.turns.discard(self)
+            self._queued = False
         os.close(self._kick)
         os.close(self._notify)
         self._stream.close()

@@ -20,16 +20,18 @@ from typing import Any, cast
 from ..errors import HostError
 from . import local, operations, wire
 from .local import LocalAccess, LocalTransaction
+from .looking import Looking
 from .quota import Connection, Quotas
 from .rings import RingConnection
 from .store import XenStore
+from .turns import Turns
 
 log = logging.getLogger(__name__)
 
 __all__ = ["LocalTransaction", "Quotas", "RingConnection", "Server", "XenStore"]
 
-# Requests of one client in a row. A request costs 5-20 us: the others wait for half a millisecond at most.
-BATCH = 32
+# Requests that wait here, in bytes, beyond which no more are read from a client: two of the largest size
+INPUT_MAX = 8192
 # Bytes in a socket's transport beyond which its client is no longer read from; 16 replies of the largest size
 HIGH_WATER = 65536
 # Clients of the socket: each costs a descriptor and some KiB; the C server has no limit but RLIMIT_NOFILE
@@ -48,7 +50,8 @@ class SocketConnection(asyncio.Protocol):
         self._parser = wire.Parser()
         self._transport: asyncio.Transport | None = None
         self._blocked = False  # the transport holds more than HIGH_WATER
-        self._turn: asyncio.Handle | None = None
+        self._paused = False  # nothing more is read from it
+        self._queued = False  # it has a turn
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no asyncio.Transport by class, only by what they do
@@ -59,33 +62,46 @@ class SocketConnection(asyncio.Protocol):
             self._end(f"{CLIENTS_MAX} clients are connected")
 
     def data_received(self, data: bytes) -> None:
-        self._parser.feed(data)
-        if self._turn is None:
-            self._pump()
-
-    def _pump(self) -> None:
-        self._turn = None
-        transport, conn, store, parser = self._transport, self._conn, self._server.store, self._parser
-        if transport is None or transport.is_closing():
+        parser = self._parser
+        parser.feed(data)
+        self._server.looking.came()
+        if self._queued or self._blocked:
+            self._pause(parser.partial)
             return
-        for _ in range(BATCH):
-            if self._blocked:
-                transport.pause_reading()
-                break
+        if self.turn() and parser.partial:
+            # part of a message may be all that there is: a turn finds that out
+            self._queue()
+        self._server.flush()
+
+    def _queue(self) -> None:
+        self._queued = True
+        self._server.turns.add(self)
+        self._pause(self._parser.partial)
+
+    def _pause(self, held: int) -> None:
+        """Not more than INPUT_MAX waits here, whatever the client sends."""
+        if self._transport is not None and (held > INPUT_MAX or self._blocked) is not self._paused:
+            self._paused = not self._paused
+            if self._paused:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+
+    def turn(self) -> bool:
+        """One request; turns.Pump."""
+        parser, transport = self._parser, self._transport
+        if transport is not None and not self._blocked and not transport.is_closing():
             try:
                 message = parser.next()
             except wire.ProtocolError as error:
                 self._end(str(error))
-                break
-            if message is None:
-                transport.resume_reading()
-                break
-            operations.handle(store, conn, *message)
-            self.flush()
-        else:
-            transport.pause_reading()
-            self._turn = asyncio.get_running_loop().call_soon(self._pump)
-        self._server.flush()
+            else:
+                if message is not None:
+                    operations.handle(self._server.store, self._conn, *message)
+                    return True
+        self._queued = False
+        self._pause(parser.partial)
+        return False
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it."""
@@ -104,8 +120,8 @@ class SocketConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._blocked = False
         self.flush()
-        if not self._blocked and self._turn is None and self._transport is not None:
-            self._turn = asyncio.get_running_loop().call_soon(self._pump)
+        if not self._blocked and not self._queued and self._transport is not None:
+            self._queue()
 
     def _end(self, reason: str) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -113,9 +129,9 @@ class SocketConnection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._turn is not None:
-            self._turn.cancel()
-            self._turn = None
+        if self._queued:
+            self._server.turns.discard(self)
+            self._queued = False
         self._transport = None
         self._server.gone(self._conn)
 
@@ -128,10 +144,14 @@ class SocketConnection(asyncio.Protocol):
 class Server(LocalAccess):
     """The daemon's XenStore, on the loop's thread. Its own `write`, `read`, `ls`, ... are those of LocalAccess."""
 
-    def __init__(self, store: XenStore | None = None, *, quotas: Quotas | None = None) -> None:
+    def __init__(self, store: XenStore | None = None, *, quotas: Quotas | None = None, poll_us: int = 0) -> None:
+        """poll_us: how long it looks for the next request before it sleeps (looking.py)."""
         self.store = XenStore(quotas) if store is None else store
         super().__init__(self.store, self.store.connect(0))
         self.connections: dict[Connection, SocketConnection | RingConnection] = {}
+        self.turns = Turns(self.flush)
+        self.looking = Looking(poll_us)
+        self.store.later = self.turns.walk
         self._listeners: list[asyncio.Server] = []
         self._paths: list[Path] = []
         self._opening: set[asyncio.Task[None]] = set()
@@ -205,6 +225,29 @@ class Server(LocalAccess):
         """A transport has ended."""
         self.connections.pop(conn, None)
         self.store.disconnect(conn)
+        conn.on_close = None
+
+    # ---- over a restart
+
+    def kept(self, domid: int) -> bool:
+        """Was the domain there before this process was, and is not served again yet?"""
+        return domid in self.store.waiting
+
+    def resumed(self, domid: int) -> None:
+        """It is served again. (`attach_ring` says so, too.)"""
+        self.store.waiting.pop(domid, None)
+
+    def stop_recording(self) -> None:
+        """What ends from now on ends because this process does: the log stays as it is.
+
+        So nobody is served any more who would have a reply that the log knows nothing of; workers are, to their end.
+        """
+        if self.store.recorder is not None:
+            self.flush()
+            self.store.recorder = None
+            for conn, connection in list(self.connections.items()):
+                if conn.confine is None:
+                    connection.close()
 
     # ---- domains
 
@@ -235,8 +278,10 @@ class Server(LocalAccess):
         self.flush()
 
     def flush(self) -> None:
-        """Send what the last request has queued, in whatever connection."""
+        """Send what the last request has queued, in whatever connection; it is in the log by then."""
         ready = self.store.ready
+        if self.store.recorder is not None:
+            self.store.recorder.commit(ready)
         while ready:
             conn, _ = ready.popitem()
             if conn.flush is not None:
@@ -277,3 +322,6 @@ class Server(LocalAccess):
             connection.close()
         while self.connections:
             await asyncio.sleep(0)
+        self.turns.close()
+        self.looking.close()
+        self.store.later = None

@@ -6,8 +6,11 @@ whole. Publishing replaces one root by another, then brings the accounts up to d
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING
 
 from . import wire
 from .contention import Contention
@@ -16,10 +19,20 @@ from .tree import Node, Transaction, Tree
 from .watches import Watch, Watches
 from .wire import XenStoreError
 
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
 __all__ = ["Connection", "Domain", "Quotas", "XenStore"]
 
 INTRODUCED = b"@introduceDomain"
 RELEASED = b"@releaseDomain"
+# So many changed nodes, and the garbage collector is told to leave alone what is there now: a full collection of a
+# million nodes stops everything for a second, and nodes are no part of cycles. Changed ones count, since each is a new
+# object: as many are freed as are made, so the collector thinks that nothing happens while its youngest generation
+# becomes as large as the store. 100 changes are some 300 objects: 0.2 ms.
+_SETTLED_NODES = 100
+# Nodes between two pauses of a walk: a tenth of a millisecond
+_STEP = 32
 DOMAIN_0: wire.Perms = ((0, wire.PERM_NONE),)
 
 
@@ -30,15 +43,23 @@ class XenStore:
     domains         those that are introduced, named in permissions or connected
     ready           connections that have something new to send
     generation      goes up with every change
+    recorder        writes changes to a log; None: there is none
+    waiting         domains of an earlier process, with their rings, until those are served again
     trace           each request and its reply goes into the log
     `clock` (seconds) is for the rate of log lines and the age of events.
     """
 
     def __init__(self, quotas: Quotas | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.quotas = Quotas() if quotas is None else quotas
+        self.quotas_set = False  # by a tool
+        self.recorder: Recorder | None = None
+        self.waiting: dict[int, Connection | None] = {}
         self.refusals = Refusals(clock)
         self.contention = Contention(clock)
         self.trace = False
+        # Who goes on with a long walk now and then; None: it is done at once
+        self.later: Callable[[Generator[None, None, None]], None] | None = None
+        self._unsettled = 0
         self.domains: dict[int, Domain] = {}
         self.connections: dict[Connection, None] = {}
         self.ready: dict[Connection, None] = {}
@@ -83,10 +104,16 @@ class XenStore:
     def disconnect(self, conn: Connection) -> None:
         """The client is gone, with its watches and transactions. Idempotent."""
         if conn in self.connections:
+            if self.recorder is not None:
+                self.recorder.closed(conn)
+            if self.waiting.get(conn.domid) is conn:
+                del self.waiting[conn.domid]
             self.reset(conn)
             conn.domain.connections -= 1
             del self.connections[conn]
             self.ready.pop(conn, None)
+            # no cycle is left: the collector may not come by (see settle)
+            conn.flush = conn.on_reset = None
 
     def expire(self) -> bool:
         """Whoever waits for others to take its events waits for `unread_s` at most; see also contention.py.
@@ -109,6 +136,11 @@ class XenStore:
         """Watches and transactions go."""
         for watch in conn.watches.values():
             self.watches.remove(watch)
+            if self.recorder is not None:
+                self.recorder.unwatch(watch)
+        if self.recorder is not None:
+            for tx_id in conn.transactions:
+                self.recorder.ended(conn, tx_id)
         conn.watches.clear()
         conn.watch_bytes = 0
         self.contention.dropped(conn)
@@ -118,6 +150,8 @@ class XenStore:
         watch.conn.watches[watch.path, watch.token] = watch
         watch.conn.watch_bytes += len(watch.path) + len(watch.token)
         self.watches.add(watch)
+        if self.recorder is not None:
+            self.recorder.watch(watch)
 
     def remove_watch(self, conn: Connection, path: bytes, token: bytes) -> None:
         """ENOENT if there is none."""
@@ -126,6 +160,8 @@ class XenStore:
             raise XenStoreError("ENOENT", "no such watch")
         conn.watch_bytes -= len(path) + len(token)
         self.watches.remove(watch)
+        if self.recorder is not None:
+            self.recorder.unwatch(watch)
 
     # ---- domains
 
@@ -134,6 +170,7 @@ class XenStore:
         domain = self.domain(domid)
         if not domain.introduced:
             domain.introduced = True
+            self.changed(domain)
             self._fire_special(INTRODUCED, domid)
 
     def reintroduce(self, domid: int) -> None:
@@ -146,13 +183,21 @@ class XenStore:
     def set_quotas(self, domid: int | None, quotas: Quotas) -> None:
         """From now on. None: of domains to come."""
         if domid is None:
-            self.quotas = quotas
+            self.quotas, self.quotas_set = quotas, True
+            if self.recorder is not None:
+                self.recorder.quotas(quotas)
             return
         domain = self.domain(domid)
         domain.quotas, domain.configured = quotas, True
+        self.changed(domain)
         for conn in self.connections:
             if conn.domain is domain and not conn.privileged:
                 conn.quotas = quotas
+
+    def changed(self, domain: Domain) -> None:
+        """Its target, features or quotas are not what they were."""
+        if self.recorder is not None:
+            self.recorder.domain(domain)
 
     def release(self, domid: int) -> bool:
         """The domain is gone: its clients, nodes, permissions and quotas; then @releaseDomain fires.
@@ -187,8 +232,12 @@ class XenStore:
         for other in self.domains.values():
             if other.target == domid:
                 other.target = None
+                self.changed(other)
         introduced = domain.introduced
         self.domains.pop(domid, None)
+        self.waiting.pop(domid, None)
+        if self.recorder is not None:
+            self.recorder.released(domid)
         self.refusals.forget(domid)
         if introduced:
             self._fire_special(RELEASED, domid)
@@ -203,9 +252,16 @@ class XenStore:
             tree, before, events = now.tree, now.changes, now.events
             now.changes, now.events, now.growth = {}, {}, {}
         else:
-            tree, events = view.merged(self.tree), view.events
+            tree = view.merged(self.tree)
             before = {path: self.tree.get(path) for path in view.changes}
+            # what was made and removed again was never there
+            events = {path: subtree for path, subtree in view.events.items() if before.get(path) or tree.get(path)}
+        if self.recorder is not None and before:
+            self.recorder.nodes(before, tree)
         now.base = now.tree = tree
+        self._unsettled += len(before)
+        if self._unsettled >= _SETTLED_NODES:
+            self.settle()
         if self.cause is not None:
             self.contention.wrote(self.cause, before)
         for path, old in before.items():
@@ -245,6 +301,18 @@ class XenStore:
                 if domid and (unused := self.domains.get(domid)) is not None and unused.idle:
                     del self.domains[domid]
 
+    def settle(self) -> None:
+        """The garbage collector looks at nothing of what is there now."""
+        self._unsettled = 0
+        gc.collect(1)  # what is garbage now would be kept for ever
+        gc.freeze()
+
+    def account_all(self) -> None:
+        """The accounts of a tree that came from elsewhere."""
+        for path, node in self.tree.items():
+            self._account(path, None, node)
+        self.settle()
+
     def _fire(self, path: bytes, subtree: bool, old: Node | None) -> None:
         found = self.watches.above(path) if subtree and path[:1] != b"@" else self.watches.exactly(path)
         allowed: dict[Connection, bool] = {}
@@ -280,32 +348,49 @@ class XenStore:
 
     def check(self) -> list[str]:
         """Faults of the tree and of the accounts; [] when all is well."""
-        faults = []
-        owned: dict[int, int] = {}
-        sizes: dict[int, int] = {}
+        walk = self.check_steps()
+        while True:
+            try:
+                next(walk)
+            except StopIteration as end:
+                faults: list[str] = end.value
+                return faults
+
+    def check_steps(self) -> Generator[None, None, list[str]]:
+        """`check` of the store as it is now, in steps: others may change it in between."""
+        faults = self._check_connections()
+        tree = self.tree
+        counted = {domid: (domain.owned, domain.node_bytes) for domid, domain in self.domains.items()}
+        owned: dict[int, int] = defaultdict(int)
+        sizes: dict[int, int] = defaultdict(int)
         count = 0
-        for path, node in self._everything():
+        for path, node, _ in self.everything(tree, ordered=False):
             count += 1
-            owned[node.owner] = owned.get(node.owner, 0) + 1
-            sizes[node.owner] = sizes.get(node.owner, 0) + node_size(path, node.value, node.perms)
-            faults += [
-                f"{path!r}: domain {domid} does not know of it"
-                for domid, _ in node.perms
-                if domid and (domid not in self.domains or path not in self.domains[domid].named)
-            ]
-        if count != len(self.tree):
-            faults.append(f"{len(self.tree)} nodes, {count} are reachable")
+            if count % _STEP == 0:
+                yield
+            perms = node.perms
+            owner = perms[0][0]
+            if owner == 0 and len(perms) == 1:
+                continue  # nobody's account
+            owned[owner] += 1
+            sizes[owner] += node_size(path, node.value, perms)
+            for domid, _ in perms:
+                known = not domid or (domid in self.domains and path in self.domains[domid].named)
+                if not known and self.tree.get(path) is node:
+                    faults.append(f"{path!r}: domain {domid} does not know of it")
+        if count != len(tree):
+            faults.append(f"{len(tree)} nodes, {count} are reachable")
         faults += [
-            f"domain {domid}: {domain.owned} nodes counted, {owned.get(domid, 0)} are there"
-            for domid, domain in self.domains.items()
-            if domid and domain.owned != owned.get(domid, 0)
+            f"domain {domid}: {nodes} nodes counted, {owned.get(domid, 0)} are there"
+            for domid, (nodes, _) in counted.items()
+            if domid and nodes != owned.get(domid, 0)
         ]
         faults += [
-            f"domain {domid}: {domain.node_bytes} bytes counted, {sizes.get(domid, 0)} are there"
-            for domid, domain in self.domains.items()
-            if domid and domain.node_bytes != sizes.get(domid, 0)
+            f"domain {domid}: {size} bytes counted, {sizes.get(domid, 0)} are there"
+            for domid, (_, size) in counted.items()
+            if domid and size != sizes.get(domid, 0)
         ]
-        return faults + self._check_connections()
+        return faults
 
     def _check_connections(self) -> list[str]:
         faults = []
@@ -324,9 +409,10 @@ class XenStore:
             faults.append(f"{self.contention.open} transactions counted, connections have {transactions}")
         return faults
 
-    def _everything(self) -> Iterator[tuple[bytes, Node]]:
-        yield from self.tree.walk()
+    def everything(self, tree: Tree, *, ordered: bool = True) -> Iterator[tuple[bytes, Node, int]]:
+        """All nodes as Tree.places has them, and the special ones."""
+        yield from tree.places(ordered=ordered)
         for path in (INTRODUCED, RELEASED):
-            node = self.tree.get(path)
+            node = tree.get(path)
             if node is not None:
-                yield path, node
+                yield path, node, 0

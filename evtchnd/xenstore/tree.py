@@ -3,9 +3,10 @@
 A `Tree` never changes: `tree = tree.update(...)` shares all but some hundred bytes with the one before, so that
 keeping an old root costs nothing. The map goes by the whole path (Python's keyed hash: a guest cannot aim at a bucket),
 so no cost depends on a node's depth, on the number of its siblings or on the size of the store, apart from the depth of
-the map: one level more for 16 times as many nodes.
+the map: one level more for 32 times as many nodes. A change touches each entry of the dicts and lists that it copies,
+and those are cold: so both are short.
 
-    Tree -> 16 -> 16 -> ... -> {path: Node} of at most 64      (a tree or a directory of up to 64 is that one dict)
+    Tree -> 32 -> 32 -> ... -> {path: Node} of at most 32      (a tree or a directory of up to 32 is that one dict)
     Node.children -> the same kind of map, {name: order of creation}
 """
 
@@ -13,17 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from . import wire
 
 V = TypeVar("V")
 
-_FANOUT_BITS = 4
+_FANOUT_BITS = 5
 _FANOUT = 1 << _FANOUT_BITS
 _MASK = _FANOUT - 1
-# A copy of a dict this large takes a third of a microsecond, what the levels above it cost together.
-_LEAF_MAX = 64
+_LEAF_MAX = 32
 # Past this the hash has no bits left: a leaf may grow beyond its size instead.
 _SHIFT_MAX = 60
 
@@ -31,16 +31,22 @@ _SHIFT_MAX = 60
 class PMap(Generic[V]):
     """A persistent map with bytes as keys; `items()` come in no order."""
 
-    __slots__ = ("_count", "_root")
+    __slots__ = ("_count", "_root", "listed")
     _root: Any  # dict of entries, or list of _FANOUT of such; never changed once it is reachable from a map
     _count: int
 
     def __init__(self, _root: Any = None, _count: int = 0) -> None:
         self._root = {} if _root is None else _root
         self._count = _count
+        self.listed: bytes | None = None  # see Node.listing
 
     def __len__(self) -> int:
         return self._count
+
+    @classmethod
+    def of(cls, entries: dict[bytes, V]) -> Self:
+        """All of `entries`, which it takes, at once."""
+        return cls(_built(entries, 0), len(entries))
 
     def get(self, key: bytes) -> V | None:
         node = self._root
@@ -91,7 +97,7 @@ class PMap(Generic[V]):
         return root, count
 
     def _remove(self, key: bytes) -> tuple[Any, int]:
-        # Emptied leaves stay: the map of a store that shrank keeps its levels, 16 small dicts for each
+        # Emptied leaves stay: the map of a store that shrank keeps its levels, 32 small dicts for each
         node = self._root.copy()
         root = node
         bits = hash(key)
@@ -106,8 +112,18 @@ class PMap(Generic[V]):
             root = dict(_entries(root))
         return root, self._count - 1
 
-    def items(self) -> Iterator[tuple[bytes, V]]:
+    def items(self) -> list[tuple[bytes, V]]:
         return _entries(self._root)
+
+    def lazily(self) -> Iterator[tuple[bytes, V]]:
+        """`items()`, of a leaf at a time: the first of a million come as fast as those of a hundred."""
+        pending = [self._root]
+        while pending:
+            node = pending.pop()
+            if type(node) is dict:
+                yield from node.items()
+            else:
+                pending += node
 
 
 def _split(leaf: dict[bytes, Any], shift: int) -> list[Any]:
@@ -117,12 +133,19 @@ def _split(leaf: dict[bytes, Any], shift: int) -> list[Any]:
     return list(parts)
 
 
-def _entries(node: Any) -> Iterator[tuple[bytes, Any]]:
+def _built(leaf: dict[bytes, Any], shift: int) -> Any:
+    if len(leaf) <= _LEAF_MAX or shift >= _SHIFT_MAX:
+        return leaf
+    return [_built(part, shift + _FANOUT_BITS) for part in _split(leaf, shift)]
+
+
+def _entries(node: Any) -> list[tuple[bytes, Any]]:
     if type(node) is dict:
-        yield from node.items()
-    else:
-        for child in node:
-            yield from _entries(child)
+        return list(node.items())
+    found = []
+    for child in node:
+        found += _entries(child)
+    return found
 
 
 class Node:
@@ -142,9 +165,29 @@ class Node:
 
     def names(self) -> list[bytes]:
         """The children's names in the order of their creation: Linux numbers its devices by it."""
+        return self.listing().split(b"\0")[:-1]
+
+    def entries(self, ordered: bool) -> Iterator[tuple[bytes, int]]:
+        """Names and what they are ordered by."""
         if self.children is None:
-            return []
-        return [name for name, _ in sorted(self.children.items(), key=itemgetter(1))]
+            return iter(())
+        if not ordered:
+            return self.children.lazily()
+        found = self.children.items()
+        found.sort(key=itemgetter(1))
+        return iter(found)
+
+    def listing(self) -> bytes:
+        """`names()`, each with a NUL at its end. Kept: a long directory is read in many parts."""
+        children = self.children
+        if children is None:
+            return b""
+        found = children.listed
+        if found is None:
+            found = b"\0".join([*[name for name, _ in self.entries(ordered=True)], b""])
+            if len(children) > _LEAF_MAX:
+                children.listed = found
+        return found
 
 
 class Tree(PMap[Node]):
@@ -186,16 +229,32 @@ class Tree(PMap[Node]):
         return Tree(*tree._put(above, Node(parent.value, parent.perms, children, generation)))
 
     def walk(self, path: bytes = b"/") -> Iterator[tuple[bytes, Node]]:
-        """A node and all below it, parents first. Without recursion: a guest may nest 1,000 levels."""
-        pending = [path]
+        """A node and all below it, parents first, siblings in the order of their creation."""
+        return ((path, node) for path, node, _ in self.places(path))
+
+    def places(self, path: bytes = b"/", *, ordered: bool = True) -> Iterator[tuple[bytes, Node, int]]:
+        """`walk`, with each node's place: its siblings' order goes by it (that of `path` itself is 0).
+
+        Without recursion: a guest may nest 1,000 levels. ordered: takes 3 ms for 10,000 siblings at once.
+        """
+        node = self.get(path)
+        if node is None:
+            return
+        yield path, node, 0
+        pending = [(path.rstrip(b"/") + b"/", node.entries(ordered))]
         while pending:
-            path = pending.pop()
-            node = self.get(path)
-            if node is None:
-                continue
-            yield path, node
-            if node.children is not None:
-                pending.extend(wire.child_of(path, name) for name in reversed(node.names()))
+            above, names = pending[-1]
+            for name, place in names:
+                path = above + name
+                node = self.get(path)
+                if node is None:
+                    continue
+                yield path, node, place
+                if node.children is not None:
+                    pending.append((path + b"/", node.entries(ordered)))
+                    break
+            else:
+                pending.pop()
 
 
 # What of a node a transaction has relied on

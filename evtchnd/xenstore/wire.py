@@ -133,6 +133,10 @@ class Parser:
         self._at = end
         return op, req_id, tx_id, buffer[at + HEADER_SIZE : end]
 
+    def rest(self) -> bytes:
+        """What is held back."""
+        return self._buffer[self._at :]
+
     @property
     def partial(self) -> int:
         """Bytes held back."""
@@ -169,11 +173,6 @@ def parent_of(path: bytes) -> bytes:
     """The path of the node above; `/` for a node at the top, for a special one and for `/` itself."""
     at = path.rfind(b"/")
     return path[:at] if at > 0 else b"/"
-
-
-def child_of(path: bytes, name: bytes) -> bytes:
-    """The path of the child `name`."""
-    return b"/" + name if path == b"/" else path + b"/" + name
 
 
 def strings(payload: bytes) -> list[bytes]:

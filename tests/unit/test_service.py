@@ -173,7 +173,7 @@ def test_the_descriptor_store_keeps_sockets_that_no_unit_has(systemd: PrivateSys
     )
     dropin(systemd, "[Service]\nRestartSec=2s\n")
     systemd.run("systemctl", "start", SERVICE)
-    assert systemd.show(SERVICE, "NFileDescriptorStore") == "3"
+    assert systemd.show(SERVICE, "NFileDescriptorStore") == "4"
     before = main_pid(systemd)
     inodes = listening(systemd, before)
     assert len(inodes) == 3
@@ -189,7 +189,7 @@ def test_the_descriptor_store_keeps_sockets_that_no_unit_has(systemd: PrivateSys
     assert inodes <= held(systemd, after)
     assert listing(systemd) == []
     # handed back and not stored twice
-    assert systemd.show(SERVICE, "NFileDescriptorStore") == "3"
+    assert systemd.show(SERVICE, "NFileDescriptorStore") == "4"
     systemd.run("systemctl", "stop", SERVICE)
     assert systemd.show(SERVICE, "NFileDescriptorStore") == "0"
 
