@@ -1,4 +1,4 @@
-"""xl's vif strings (xl-network-configuration(5)): `mac=00:16:3e:00:00:07,bridge=br0,rate=10Mb/s`; the empty one is good.
+"""xl's vif strings (xl-network-configuration(5)): `mac=00:16:3e:00:00:07,bridge=br0,rate=10Mb/s`; "" is one, too.
 
 `script` says how the interface is wired, by the names of Xen's own scripts, none of which is run:
     vif-bridge (the default)     a port of `bridge=` (xenbr0)
@@ -7,7 +7,7 @@
 With vif-bridge, `ip=` is told to XenStore and filters nothing.
 
 Three keys are evtchnd's own, xl does not know them:
-    netns=NAME                   network namespace of the host's end (below /run/netns, or a path); its bridge is there, too
+    netns=NAME                   network namespace of the host's end and its bridge: below /run/netns, or a path
     address=10.0.0.1/24          address of the host's end, with vif-route or none; several with spaces between them
     queues=N                     the most that the guest may use; without it the configuration's
 The command line uses this too: it imports nothing but errors.

@@ -1,0 +1,166 @@
+"""TAP interfaces: opened one descriptor a queue (linux/if_tun.h), in the network namespace where they belong.
+
+Everything here blocks (a network namespace is a thread's, and the kernel's lock for interfaces may be held): called in
+threads, see network.py. The ioctls of a queue that is open (offloads, detaching it, carrier) take no capability and are
+its worker's; opening one does, unless the interface is there already, persistent, and belongs to this user.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from evtchnd import transport
+from evtchnd.errors import OperatorError
+
+TUN = "/dev/net/tun"
+_TUNSETIFF, _TUNGETIFF, _TUNSETVNETHDRSZ = 0x400454CA, 0x800454D2, 0x400454D8
+_IFF_TAP, _IFF_MULTI_QUEUE, _IFF_PERSIST, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x0100, 0x0800, 0x1000, 0x4000
+# struct ifreq: 16 bytes of name, then the flags in a union of 24
+_IFREQ = struct.Struct("16sH22x")
+# struct virtio_net_hdr_mrg_rxbuf, as virtio 1 has it everywhere
+VNET_HEADER_BYTES = 12
+_CLONE_NEWNET = 0x40000000
+_NAMED = Path("/run/netns")
+_DROP_IN = "systemd/evtchnd.service.d/tap.conf"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Tap(NamedTuple):
+    """A TAP that is open. made: it came into being by this, and goes with its last descriptor; else it was there."""
+
+    name: str
+    index: int
+    fds: list[int]
+    made: bool
+
+
+def open_tap(name: str, queues: int, netns: str = "") -> Tap:
+    """Opens `queues` queues of the TAP `name`, which is made unless it is there. OperatorError says what to do."""
+    with entered(netns):
+        there = _is_there(name)
+        fds: list[int] = []
+        try:
+            for _ in range(queues):
+                fds.append(_open_queue(name))
+            made = not _is_persistent(fds[0])
+            if there and made:
+                raise OperatorError(f"{name}: {os.strerror(errno.EBUSY)}{_hint(name, errno.EBUSY)}", errno.EBUSY)
+            return Tap(name, socket.if_nametoindex(name), fds, made)
+        except OSError as exc:  # somebody has renamed or deleted it meanwhile
+            transport.close_all(fds)
+            raise OperatorError(f"{name}: {exc.strerror}", exc.errno or errno.EIO) from None
+        except OperatorError:
+            transport.close_all(fds)
+            raise
+
+
+def netlink_socket(netns: str, groups: int) -> socket.socket:
+    """A route netlink socket of a namespace, in the multicast `groups` (a mask of RTMGRP_*). OperatorError."""
+    with entered(netns):
+        sock = None
+        try:
+            sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+            sock.bind((0, groups))
+        except OSError as exc:
+            if sock is not None:
+                sock.close()
+            hint = f" ({_DROP_IN} allows it)" if exc.errno == errno.EAFNOSUPPORT else ""
+            raise OperatorError(f"netlink: {exc.strerror}{hint}", exc.errno or errno.EIO) from None
+        return sock
+
+
+@contextmanager
+def entered(netns: str) -> Iterator[None]:
+    """This thread in another network namespace, "": where it is. OperatorError where that cannot be."""
+    if not netns:
+        yield
+        return
+    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _enter(netns)
+        try:
+            yield
+        finally:
+            _setns(own)
+    finally:
+        os.close(own)
+
+
+def _enter(netns: str) -> None:
+    try:
+        there = os.open(_NAMED / netns, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise OperatorError(f"netns {netns}: {exc.strerror} (ip netns list)", exc.errno or errno.EIO) from None
+    try:
+        _setns(there)
+    except OSError as exc:
+        hint = " (entering one takes CAP_SYS_ADMIN)" if exc.errno == errno.EPERM else ""
+        raise OperatorError(f"netns {netns}: {exc.strerror}{hint}", exc.errno or errno.EIO) from None
+    finally:
+        os.close(there)
+
+
+def _setns(fd: int) -> None:
+    # os.setns() is new in Python 3.12
+    if _libc.setns(fd, _CLONE_NEWNET):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _is_there(name: str) -> bool:
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        return False
+    return True
+
+
+def _is_persistent(fd: int) -> bool:
+    """One that is not goes with whoever has it open."""
+    answer = fcntl.ioctl(fd, _TUNGETIFF, bytes(_IFREQ.size))
+    return bool(_IFREQ.unpack(answer)[1] & _IFF_PERSIST)
+
+
+def _open_queue(name: str) -> int:
+    try:
+        fd = os.open(TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        hint = {
+            errno.ENOENT: " (modprobe tun)",
+            errno.ENODEV: " (modprobe tun)",
+            errno.EACCES: f" ({_DROP_IN} allows it)",
+            errno.EPERM: f" ({_DROP_IN} allows it)",
+        }.get(exc.errno or 0, "")
+        raise OperatorError(f"{TUN}: {exc.strerror}{hint}", exc.errno or errno.EIO) from None
+    try:
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_MULTI_QUEUE
+        fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), flags))
+        fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
+    except OSError as exc:
+        os.close(fd)
+        raise OperatorError(f"{name}: {exc.strerror}{_hint(name, exc.errno or 0)}", exc.errno or errno.EIO) from None
+    return fd
+
+
+def _hint(name: str, number: int) -> str:
+    """What to do about a TAP that cannot be opened."""
+    if number == errno.EPERM:
+        command = f"ip tuntap add dev {name} mode tap user {os.getuid()} multi_queue vnet_hdr"
+        return f" (a TAP is made with CAP_NET_ADMIN, which {_DROP_IN} gives; without it: {command})"
+    if number == errno.EBUSY:
+        return " (somebody else serves it)"
+    if number == errno.EINVAL:
+        return " (it is there and is no TAP with multi_queue)"
+    if number == errno.E2BIG:
+        return " (it has no more queues: limit them with queues=)"
+    return ""
