@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from evtchnd.control.config import Console, Vbd
     from evtchnd.grants import GrantTable
     from evtchnd.memory import GuestMemory
+    from evtchnd.worker.messages import Vif
     from evtchnd.xenstore.client import Client
 
 # What a live ring needs to be found again by the next worker: plain values only (they cross a socket).
@@ -40,8 +41,8 @@ Params = dict[str, Any]
 class AnyDevice:
     """What every backend sees of its device, whatever its kind.
 
-    kind            "vbd", "console"
-    key             its number among all of the domain's devices: a vbd's is its devid (see console_key)
+    kind            "vbd", "console", "vif"
+    key             its number among all of the domain's devices: a vbd's is its devid (see console_key, vif_key)
     name            "domain 7: vbd 51712": begins every log line and error text of the device
     store           XenStore client, domain 0 confined to the guest's nodes (never `params`)
     backend_path    "/local/domain/0/backend/vbd/7/51712"; frontend_path "/local/domain/7/device/vbd/51712"
@@ -210,3 +211,34 @@ class ConsoleDevice(AnyDevice):
         """`accept` while nobody serves."""
         os.close(fd)
         raise HostError(f"{self.name}: not served now")
+
+
+def vif_key(devid: int) -> int:
+    """A vif's number among the domain's devices: behind every console's."""
+    return -(1 << 20) - devid
+
+
+class VifDevice(AnyDevice):
+    """A network interface. Its TAP descriptors, one a queue, belong to the worker and are not closed by run().
+
+    vif             what the control plane says of it (messages.py); `change` keeps it up to date
+    taps            the TAP's descriptors
+    change          set by the backend: `vif` is another one now (mtu, rate, carrier); HostError: it cannot be
+    retap           set by the backend: the TAP was made anew, these are its descriptors (the worker's, too)
+    """
+
+    def __init__(self, *, vif: Vif, taps: Sequence[int], **shared: Any) -> None:
+        """`shared`: what AnyDevice takes."""
+        super().__init__(**shared)
+        self.key = vif_key(self.devid)
+        self.vif = vif
+        self.taps = list(taps)
+        self.change: Callable[[Vif], Awaitable[None]] = self._change
+        self.retap: Callable[[Sequence[int]], None] = self._retap
+
+    async def _change(self, vif: Vif) -> None:
+        """Before the backend has begun: it begins with that."""
+        self.vif = vif
+
+    def _retap(self, taps: Sequence[int]) -> None:
+        self.taps = list(taps)

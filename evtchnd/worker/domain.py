@@ -15,6 +15,8 @@ import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from evtchnd._core.uring import Uring
 from evtchnd.channel import Poller
 from evtchnd.errors import EvtchndError, GuestError, HostError, VmmError
@@ -22,7 +24,7 @@ from evtchnd.grants import GrantTable
 from evtchnd.memory import GuestMemory
 from evtchnd.transport import close_all
 from evtchnd.worker import messages as m
-from evtchnd.worker.device import AnyDevice, ConsoleDevice, Device
+from evtchnd.worker.device import AnyDevice, ConsoleDevice, Device, VifDevice
 from evtchnd.worker.link import Link
 from evtchnd.xenstore.client import Client
 
@@ -93,8 +95,12 @@ class Worker:
             case m.Setup():
                 self._domain = _Domain(message, socket.socket(fileno=fds[0]), self._loop)
                 self._send(m.Done(message.id))
-            case m.Attach() | m.AttachConsole():
+            case m.Attach() | m.AttachConsole() | m.AttachVif():
                 self._spawn(self._attach(message, fds), message.id)
+            case m.Taps():
+                self._answer(message.id, lambda: self._taps(message, fds), fds)
+            case m.ChangeVif():
+                self._spawn(self._change(message), message.id)
             case m.Client():
                 self._answer(message.id, lambda: self._client(message, fds), fds)
             case m.Detach():
@@ -168,9 +174,12 @@ class Worker:
 
     # -- devices
 
-    async def _attach(self, attach: m.Attach | m.AttachConsole, fds: list[int]) -> None:
+    async def _attach(self, attach: m.Attach | m.AttachConsole | m.AttachVif, fds: list[int]) -> None:
         devid = attach.devid
-        kind = attach.kind if isinstance(attach, m.Attach) else "console"
+        if isinstance(attach, m.Attach):
+            kind = attach.kind
+        else:
+            kind = "console" if isinstance(attach, m.AttachConsole) else "vif"
         try:
             domain = self._ready()
             backend = self._backends.get(kind)
@@ -185,6 +194,8 @@ class Worker:
         try:
             if isinstance(attach, m.Attach):
                 await self._begin(domain, attach, backend, fds)
+            elif isinstance(attach, m.AttachVif):
+                await self._begin_vif(domain, attach, backend, fds)
             else:
                 await self._begin_console(domain, attach, backend, fds)
         finally:
@@ -225,6 +236,18 @@ class Worker:
                 options=domain.setup.console,
                 **self._shared(domain, await domain.store, attach.devid, attach.connected),
             )
+        except BaseException:
+            close_all(fds)
+            raise
+        self._run(device, backend, fds, domain.setup.drain_s)
+
+    async def _begin_vif(self, domain: _Domain, attach: m.AttachVif, backend: Backend, fds: list[int]) -> None:
+        """Starts a vif's backend. Takes its descriptors."""
+        try:
+            if len(fds) != attach.vif.queues:
+                raise HostError(f"domain {domain.domid}: vif {attach.number}: {len(fds)} TAP queues")
+            shared = self._shared(domain, await domain.store, attach.devid, attach.connected)
+            device = VifDevice(devid=attach.number, kind="vif", vif=attach.vif, taps=fds, **shared)
         except BaseException:
             close_all(fds)
             raise
@@ -306,6 +329,33 @@ class Worker:
         # else it is off; the next one that serves it gets the size with its Attach
         if running is not None and isinstance(running.device, Device):
             await running.device.resize(resize.sectors)
+
+    def _vif(self, devid: int) -> tuple[_Running, VifDevice]:
+        running = self._devices.get(devid)
+        if running is None or not isinstance(running.device, VifDevice):
+            raise VmmError("the vif is not served now", errno.ENODEV)
+        return running, running.device
+
+    def _taps(self, taps: m.Taps, fds: list[int]) -> None:
+        running, device = self._vif(taps.devid)
+        if len(fds) != device.vif.queues:
+            raise HostError(f"{device.name}: {len(fds)} TAP queues, there were {device.vif.queues}")
+        new, old = list(fds), list(running.fds)
+        fds.clear()
+        running.fds[:] = new
+        try:
+            device.retap(new)
+        finally:
+            close_all(old)
+
+    async def _change(self, change: m.ChangeVif) -> None:
+        attaching = self._attaching.get(change.devid)
+        if attaching is not None:
+            await asyncio.wait([attaching])
+        _, device = self._vif(change.devid)
+        named = {name: getattr(change, name) for name in ("mtu", "rate", "carrier")}
+        known = {name: value for name, value in named.items() if value is not None}
+        await device.change(msgspec.structs.replace(device.vif, **known))
 
     def _ended(self, running: _Running) -> None:
         """The backend's coroutine is over, whoever ended it."""

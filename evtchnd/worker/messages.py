@@ -6,6 +6,9 @@
 | Memory        | one for each `fds` index       | Done (errno, reason: nothing changed)   |
 | Attach        | disk, journal                  | Done, after a Keep where it has io_uring |
 | AttachConsole | pty, log, old log (-1: left out) | Done                                  |
+| AttachVif     | one TAP queue each of `vif.queues` | Done                                |
+| Taps          | one TAP queue each of `vif.queues` | Done                                |
+| ChangeVif     |                                | Done, when it holds                     |
 | Client        | a client's socket              | Done                                    |
 | Detach        |                                | Done, when the backend has ended        |
 | Resize        |                                | Done, when the guest has been told      |
@@ -20,7 +23,7 @@
 | Keep                 |             | Done, when the control plane has its copy                |
 | Ended                |             | (reason "" : closed in order; else off, for that reason) |
 
-A `devid` here is the device's key: a disk's number, or `console_key` of a console's (device.py).
+A `devid` here is the device's key: a disk's number, `console_key` of a console's, `vif_key` of a vif's (device.py).
 `id` is the asker's; an answer repeats it. The end of file is the worker's order to end, and the control plane's sign
 that it has.
 """
@@ -102,6 +105,59 @@ class AttachConsole(Message):
     pty: bool
     logs: bool
     connected: dict[str, Any] | None
+
+
+class Vif(msgspec.Struct, array_like=True):
+    """A network interface, as its host side is.
+
+    mac       "00:16:3e:xx:xx:xx", the guest's
+    queues    queues of the TAP, a descriptor each (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE; vnet header of 12
+              bytes): the most that the frontend may ask for
+    name      of the TAP, for log lines
+    mtu       payload octets of a frame
+    rate      what the guest may send: (bytes, microseconds): so many bytes in so long; (0, 0): no limit
+    carrier   False: an operator took the link down
+    hash      the control ring (Toeplitz hash) is offered
+    stall_s   a guest that offers no receive slot for so long while packets wait loses its carrier; 0: never
+    drain_s   a packet that waits for receive slots is dropped after so long
+    """
+
+    mac: str
+    queues: int
+    name: str = ""
+    mtu: int = 1500
+    rate: tuple[int, int] = (0, 0)
+    carrier: bool = True
+    hash: bool = True
+    stall_s: float = 60.0
+    drain_s: float = 10.0
+
+
+class AttachVif(Message):
+    """A network interface; `number`: its devid."""
+
+    id: int
+    devid: int
+    number: int
+    vif: Vif
+    connected: dict[str, Any] | None
+
+
+class Taps(Message):
+    """The TAP is another one (it was deleted and made again): new descriptors, as many as before."""
+
+    id: int
+    devid: int
+
+
+class ChangeVif(Message):
+    """Changes of a vif that is served; None: as it was."""
+
+    id: int
+    devid: int
+    mtu: int | None = None
+    rate: tuple[int, int] | None = None
+    carrier: bool | None = None
 
 
 class Client(Message):
@@ -198,6 +254,9 @@ AnyMessage = (
     | Memory
     | Attach
     | AttachConsole
+    | AttachVif
+    | Taps
+    | ChangeVif
     | Client
     | Detach
     | Resize
