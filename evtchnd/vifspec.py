@@ -171,10 +171,17 @@ def parse_rate(text: str) -> tuple[int, int]:
     return credit, usec
 
 
+def limit(text: str) -> tuple[int, int]:
+    """As `parse_rate`, and `unlimited` as (0, 0)."""
+    return (0, 0) if text == "unlimited" else parse_rate(text)
+
+
 def rate_text(rate: tuple[int, int] | None) -> str:
-    """The other way: what `parse_rate` reads as the same pair; "" for none."""
+    """The other way: what `limit` reads as the same pair; "" for none."""
     if rate is None:
         return ""
+    if rate == (0, 0):
+        return "unlimited"
     credit, usec = rate
     a_second = -(-credit * 10**6 // usec)
     return f"{a_second}B/s@{usec}us"

@@ -354,13 +354,14 @@ def test_every_struct_is_what_the_interface_says() -> None:
         return {field.name: name(field.type) for field in msgspec.structs.fields(struct)}
 
     types = dict(re.findall(r"type (\w+) " + fields, text))
-    assert sorted(types) == ["Console", "Device", "Disk", "Domain", "Worker"]
+    assert sorted(types) == ["Console", "Device", "Disk", "Domain", "Vif", "Worker"]
     for name, body in types.items():
         assert said(body) == made(getattr(operator, name)), name
     methods = re.findall(r"method (\w+)" + fields + r" -> " + fields, text)
     assert [name for name, _, _ in methods] == [
         *("List", "Info", "BlockAttach", "BlockDetach"),
         *("Console", "ConsoleAttach", "ConsoleDetach", "BlockResize"),
+        *("NetworkAttach", "NetworkDetach", "NetworkSet", "NetworkList"),
     ]
     for name, call, reply in methods:
         wanted = getattr(operator, f"{name}Call", varlink.NoParameters)
@@ -418,6 +419,11 @@ async def test_the_daemon_introspects_and_lists(tmp_path: Path) -> None:
         ("BlockAttach", {"domid": 7, "disk": "a,raw,xvda"}, "target 'a' must be an absolute path"),
         ("BlockAttach", {"domid": 7, "disk": "/a,qcow2,xvda"}, "format qcow2 is not served"),
         ("BlockDetach", {"domid": 7, "device": "xvda"}, "domain 7 is not there"),
+        ("NetworkAttach", {"domid": 7, "vif": "bridge=br0"}, "domain 7 is not there"),
+        ("NetworkAttach", {"domid": 7, "vif": "brigde=br0"}, "'brigde' is no key of a vif"),
+        ("NetworkDetach", {"domid": 7, "device": "0"}, "domain 7 is not there"),
+        ("NetworkSet", {"domid": 7, "device": "0", "rate": "fast"}, "'fast' is no rate"),
+        ("NetworkList", {"domid": 7}, "domain 7 is not there"),
     ],
 )
 async def test_what_the_daemon_refuses_it_refuses_with_a_reason(

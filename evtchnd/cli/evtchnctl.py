@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evtchnd import diskspec
-from evtchnd.cli import console, xenstore
+from evtchnd.cli import console, network, xenstore
 from evtchnd.cli.varlink import Client
 from evtchnd.errors import OperatorError
 
@@ -221,6 +221,7 @@ def _arguments(argv: Sequence[str] | None) -> Asked:
     shown.add_argument("-t", "--type", choices=("pv",), default="pv", help="only PV consoles are served here")
     more.add_argument("-n", "--num", type=int, metavar="NUM", help="1 to 9 (the first that is free)")
     less.add_argument("num", type=int, metavar="NUM", help="1 to 9")
+    network.Verbs(_client, _domid, _say, _table, _state).add(verb)
     xenstore.add(verbs, common, change, _control_socket, _domid_of)
     return parser.parse_args(argv, Asked(output="text", runtime_dir=None, socket=None, timeout=None))
 

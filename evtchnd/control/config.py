@@ -7,6 +7,7 @@ Units are in the names: `_s` seconds, `_us` microseconds, `_bytes` bytes; everyt
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import tomllib
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from evtchnd import diskspec
+from evtchnd import diskspec, vifspec
 from evtchnd.abi import DOMID_FIRST_RESERVED, EVTCHN_2L_PORTS_64
 from evtchnd.errors import OperatorError
 
@@ -62,6 +63,8 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ports: Annotated[int, Meta(ge=1, le=EVTCHN_2L_PORTS_64)] = EVTCHN_2L_PORTS_64
     # Of one domain. A disk costs rings of up to 64 pages, their journals and about 16 descriptors.
     disks: Annotated[int, Meta(ge=1, le=1024)] = 64
+    # Of one domain. A vif costs, a queue, five descriptors and two or three ports; xl's own guests have a handful.
+    vifs: Annotated[int, Meta(ge=1, le=1024)] = 16
     # Opening or closing an image: longer, and its storage hangs. A VMM waits 10 s for each answer.
     image_s: Seconds = 8.0
     # Closing of a disk that its guest has to take part in: libxl's LIBXL_DESTROY_TIMEOUT.
@@ -105,6 +108,18 @@ class Vbd(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_indirect_segments: Annotated[int, Meta(ge=0, le=4096)] = 256
     # auto: io_uring, or threads where the kernel refuses it.
     engine: Engine = "auto"
+
+
+class Vif(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Network interfaces."""
+
+    # Linux' netfront takes as many as it has vCPUs, eight at most (netif_get_num_default_rss_queues); one worker serves
+    # them all, so that more of them only spare a guest's vCPUs each other's locks.
+    max_queues: Annotated[int, Meta(ge=1, le=64)] = 4
+    # A guest that takes no packet for so long while some wait loses its carrier: netback's rx_stall_timeout. 0: never.
+    stall_s: Annotated[float, Meta(ge=0, le=3600)] = 60.0
+    # A packet that waits for the guest is dropped then: netback's rx_drain_timeout.
+    drain_s: Seconds = 10.0
 
 
 class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -155,6 +170,8 @@ class Domain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     domid: Annotated[int, Meta(ge=1, lt=DOMID_FIRST_RESERVED)]
     # xl's disk strings; see diskspec.py
     disks: tuple[str, ...] = ()
+    # xl's vif strings; see vifspec.py
+    vifs: tuple[str, ...] = ()
     # Quotas of its own, by the keys of [xenstore], which has the rest of them
     xenstore: dict[str, int] = field(default_factory=dict)
 
@@ -162,6 +179,14 @@ class Domain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def disk_specs(self) -> tuple[diskspec.DiskSpec, ...]:
         """`disks`, read. Paths are absolute (a config file has no current folder)."""
         return tuple(diskspec.parse(text) for text in self.disks)
+
+    @property
+    def vif_specs(self) -> tuple[vifspec.VifSpec, ...]:
+        """`vifs`, read. Each has the number of its place, as in xl, unless it says another."""
+        specs = [vifspec.parse(text) for text in self.vifs]
+        return tuple(
+            dataclasses.replace(spec, devid=place) if spec.devid is None else spec for place, spec in enumerate(specs)
+        )
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -177,6 +202,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     limits: Limits = field(default_factory=Limits)
     poll: Poll = field(default_factory=Poll)
     vbd: Vbd = field(default_factory=Vbd)
+    vif: Vif = field(default_factory=Vif)
     console: Console = field(default_factory=Console)
     xenstore: Xenstore = field(default_factory=Xenstore)
     domains: tuple[Domain, ...] = ()
@@ -389,3 +415,17 @@ def _cross_checks(config: Config) -> Iterator[tuple[str, str]]:
                 yield key, f"target '{spec.target}' must be an absolute path"
             if devices.setdefault(spec.devid, number) != number:
                 yield key, f"vdev {spec.vdev} is taken by disks[{devices[spec.devid]}]"
+        yield from _vif_checks(domain, f"domains[{index}].vifs")
+
+
+def _vif_checks(domain: Domain, key: str) -> Iterator[tuple[str, str]]:
+    numbers: dict[int, int] = {}
+    for place, text in enumerate(domain.vifs):
+        try:
+            spec = vifspec.parse(text)
+        except OperatorError as exc:
+            yield f"{key}[{place}]", str(exc)
+            continue
+        devid = place if spec.devid is None else spec.devid
+        if numbers.setdefault(devid, place) != place:
+            yield f"{key}[{place}]", f"devid {devid} is taken by vifs[{numbers[devid]}]"

@@ -173,7 +173,7 @@ class Consoles:
         """After `start`: returns when the worker serves them, so that a guest's first words have a reader."""
         for console in list(self.by_key.values()):
             console.settled.clear()
-            await self._running().attach_console(console)
+            await self._running().attach_device(console)
             if console.page is not None:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(console.settled.wait(), self._config.limits.request_s)
@@ -189,7 +189,7 @@ class Consoles:
             raise
         self.by_key[console.key] = console
         toolstack.add_console(self._server, console, self._config.console.buffer_bytes)
-        await self._running().attach_console(console)
+        await self._running().attach_device(console)
         if console.reason:
             await self._remove(console)
             raise OperatorError(f"{console.name}: {console.reason}")
@@ -229,7 +229,7 @@ class Consoles:
                 )
             forced = True
         if self.by_key.get(console.key) is console:
-            await self._running().detach_console(console)
+            await self._running().detach_device(console)
         await self._remove(console)
         return forced
 

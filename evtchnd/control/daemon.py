@@ -25,10 +25,12 @@ from evtchnd.control.disk import Disk
 from evtchnd.control.domain import DESCRIPTORS, Domain
 from evtchnd.control.images import Images
 from evtchnd.control.inprocess import InProcess
+from evtchnd.control.network import Network
 from evtchnd.control.vmm_connection import VmmConnection
 from evtchnd.control.zygote import Workers, Zygote
 from evtchnd.diskspec import DiskSpec
 from evtchnd.errors import HostError, OperatorError, VmmError
+from evtchnd.vifspec import VifSpec
 from evtchnd.xenstore import restore
 from evtchnd.xenstore.client import Client
 from evtchnd.xenstore.log import Log
@@ -67,6 +69,7 @@ class Daemon:
         self._workers: Workers = zygote if zygote is not None else InProcess()
         self._listening = dict(listening or {})
         self._images = Images(config.limits.image_s)
+        self._network = Network()
         store = _store(log_of_store, Quotas(**msgspec.structs.asdict(config.xenstore)))
         self._server = Server(store, poll_us=config.poll.max_us)
         self._log = log_of_store
@@ -225,6 +228,49 @@ class Daemon:
             "sector_size": found.sector_size,
         }
 
+    async def attach_vif(self, domid: int, spec: VifSpec) -> dict[str, Any]:
+        """Makes and wires the host's end, gives it to the domain's worker, writes the device's nodes. Does not wait for
+        the guest. Returns what `vifs` has of it, without "state" and "counters".
+        """
+        domain = self._domain(domid)
+        try:
+            made = await domain.vifs.attach(spec)
+        except (HostError, VmmError) as exc:
+            raise OperatorError(str(exc)) from None
+        log.info("%s: attached, %s %s", made.name, made.port.name, made.spec.bridge)
+        return made.described()
+
+    async def detach_vif(self, domid: int, device: str, *, force: bool = False) -> dict[str, Any]:
+        """As detach_block; `device`: number, MAC address or the name of the host's end. Returns {"devid", "forced"}."""
+        try:
+            gone, forced = await self._domain(domid).vifs.detach(device, force=force)
+        except (HostError, VmmError) as exc:
+            raise OperatorError(str(exc)) from None
+        return {"devid": gone.devid, "forced": forced}
+
+    async def change_vif(
+        self, domid: int, device: str, *, rate: tuple[int, int] | None = None, carrier: bool | None = None
+    ) -> dict[str, Any]:
+        """What the guest may send (bytes, microseconds; (0, 0): anything), whether its link is up; None: as it was."""
+        changed = await self._domain(domid).vifs.change(device, rate, carrier)
+        log.info(
+            "%s: rate %d,%d, carrier %s", changed.name, *changed.host.rate, "up" if changed.host.carrier else "down"
+        )
+        return changed.described()
+
+    async def vifs(self, domid: int) -> List[dict[str, Any]]:
+        """One object a vif: control/vif.py's Vif.described(), "state" (xenbus) and "counters" {name: int}."""
+        domain = self._domain(domid)
+        counters = await domain.supervisor.counters()
+        return [
+            {
+                **each.described(),
+                "state": toolstack.state(self._server, toolstack.backend(each)),
+                "counters": counters.get(each.key, {}),
+            }
+            for each in domain.vifs.by_key.values()
+        ]
+
     async def list(self) -> List[dict[str, Any]]:
         """One object a domain: {"domid", "name", "uuid", "state", "memory" (bytes), "vcpus", "devices" (count)}."""
         return [_summary(domain) for _, (domain, _) in sorted(self._domains.items())]
@@ -354,7 +400,9 @@ class Daemon:
             raise VmmError(f"domain {domid}: {len(self._domains)} are the limit (limits.domains)", errno.ENOSPC)
         if self._store is None:
             raise HostError(f"domain {domid}: evtchnd stops")
-        specs = [spec for entry in self._config.domains if entry.domid == domid for spec in entry.disk_specs]
+        entries = [entry for entry in self._config.domains if entry.domid == domid]
+        disks = [spec for entry in entries for spec in entry.disk_specs]
+        vifs = [spec for entry in entries for spec in entry.vif_specs]
         descriptors.require(DESCRIPTORS, f"domain {domid}")
         domain = Domain(
             register,
@@ -363,15 +411,23 @@ class Daemon:
             store=self._store,
             workers=self._workers,
             images=self._images,
+            network=self._network,
             config=self._config,
-            attach=lambda: self._attach_configured(domain, specs),
+            attach=lambda: self._attach_configured(domain, disks, vifs),
         )
         self._domains[domid] = (domain, connection)
         return domain
 
-    async def _attach_configured(self, domain: Domain, specs: List[DiskSpec]) -> None:
-        """The config's disks, before the domain is served. One that cannot be had is missing, with a line."""
-        for spec in specs:
+    async def _attach_configured(self, domain: Domain, disks: List[DiskSpec], vifs: List[VifSpec]) -> None:
+        """The config's devices, before the domain is served. One that cannot be had is missing, with a line."""
+        for vif in vifs:
+            if any(vif.devid == each.devid for each in domain.vifs.by_key.values()):  # a second START
+                continue
+            try:
+                await domain.vifs.attach(vif)
+            except (HostError, OperatorError) as exc:
+                log.error("%s: vif %s: not attached: %s", domain.label, vif.devid, exc)
+        for spec in disks:
             if spec.devid in domain.disks:  # a second START, or the VMM passed it
                 continue
             try:

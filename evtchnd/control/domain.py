@@ -22,12 +22,14 @@ from evtchnd import protocol as p
 from evtchnd.abi import PAGE_SIZE
 from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
-from evtchnd.control.console import Consoles
+from evtchnd.control.console import Console, Consoles
 from evtchnd.control.descriptors import Held
 from evtchnd.control.disk import Disk, Image
 from evtchnd.control.images import Images
+from evtchnd.control.network import Network
 from evtchnd.control.ports import STORE, Ports, Vmm
-from evtchnd.control.supervisor import Supervisor
+from evtchnd.control.supervisor import Attachable, Supervisor
+from evtchnd.control.vif import Vif, Vifs
 from evtchnd.control.zygote import Workers
 from evtchnd.errors import EvtchndError, OperatorError, VmmError
 from evtchnd.worker import messages as m
@@ -57,6 +59,7 @@ class Domain:
         store: Client,
         workers: Workers,
         images: Images,
+        network: Network,
         config: Config,
         attach: Callable[[], Awaitable[None]],
     ) -> None:
@@ -73,6 +76,7 @@ class Domain:
         self.disks: dict[int, Disk] = {}
         self.store_port = 0
         self.consoles = Consoles(self.domid, server=server, store=store, ports=self.ports, images=images, config=config)
+        self.vifs = Vifs(self.domid, server=server, store=store, ports=self.ports, network=network, config=config)
         self.supervisor = Supervisor(self, workers, config)
         self._config = config
         self._images = images
@@ -269,6 +273,7 @@ class Domain:
         await self.consoles.serve()
         for disk in list(self.disks.values()):
             await self.supervisor.attach(disk)
+        await self.vifs.start(self.supervisor)
 
     async def _stop(self) -> None:
         """Ends worker, ring and nodes. To the end, also when who asked for it is cancelled meanwhile (its VMM goes)."""
@@ -294,6 +299,7 @@ class Domain:
             return
         self._ended = True
         self.consoles.end()
+        self.vifs.end()
         try:
             await self._stop()
         finally:
@@ -304,6 +310,7 @@ class Domain:
             self._page.close()
         self.ports.close()
         await self.consoles.close()
+        await self.vifs.close()
         images = [fd for disk in self.disks.values() for fd in disk.close()]
         _drop([*(held for _, held in self.slots.values()), *(held for _, held in self.frames.values())])
         self.disks, self.slots, self.frames = {}, {}, {}
@@ -327,7 +334,7 @@ class Domain:
         return fds
 
     def _has(self, key: int) -> bool:
-        return key in self.disks or key in self.consoles.by_key
+        return key in self.disks or key in self.consoles.by_key or key in self.vifs.by_key
 
     def unbind(self, devid: int, ports: Sequence[int]) -> None:
         """As Ports.unbind, for a device (STORE is no worker's)."""
@@ -413,9 +420,17 @@ class Domain:
                 disk.sectors = old
                 raise
 
-    def rings_gone(self, disk: Disk) -> None:
-        """The worker has let a disk's rings go."""
-        toolstack.forget_rings(self._server, disk)
+    def rings_gone(self, device: Disk | Attachable) -> None:
+        """The worker has let a device's rings go."""
+        if isinstance(device, Disk | Vif):
+            toolstack.forget_rings(self._server, device)
+
+    def device_ended(self, device: Attachable) -> None:
+        """The backend of a console or a vif has ended by itself."""
+        if isinstance(device, Console):
+            self.consoles.ended(device)
+        elif isinstance(device, Vif):
+            self.vifs.ended(device)
 
     def disk_ended(self, disk: Disk) -> None:
         """The backend has ended by itself: after a detach that took too long, the rest of it happens now."""

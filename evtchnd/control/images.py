@@ -1,21 +1,17 @@
-"""Images are opened, looked at and closed beside the loop: each of these blocks as long as its storage hangs.
-
-Each in a thread of its own, not in the loop's executor: a few shares that hang would take all of its threads, and the
-daemon could not end before they come back.
-"""
+"""Images are opened, looked at and closed beside the loop: each of these blocks as long as its storage hangs."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import os
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from evtchnd import transport
+from evtchnd.control.beside import beside, start
 from evtchnd.control.disk import Image, check_passed, open_image, resize_image
 from evtchnd.errors import OperatorError
 
@@ -51,7 +47,7 @@ class Images:
                 await self.close([fd])
             raise
         except BaseException:
-            _run(lambda: transport.close_all([fd]))
+            start(lambda: transport.close_all([fd]))
             raise
 
     async def resize(self, what: str, fd: int, size: int | None) -> int:
@@ -72,46 +68,17 @@ class Images:
         await self.beside("closing an image", lambda: transport.close_all(fds), lambda _: None)
 
     def _drop(self, image: Image) -> None:
-        _run(lambda: transport.close_all([image.fd]))
+        start(lambda: transport.close_all([image.fd]))
 
     async def beside(self, what: str, work: Callable[[], T], undo: Callable[[T], None]) -> T:
         """`work()` in a thread; `undo` gets what comes when nobody waits any more. OperatorError: it takes too long."""
-        loop = asyncio.get_running_loop()
-        come: asyncio.Future[T] = loop.create_future()
-
-        def arrived(result: T | None, error: Exception | None) -> None:
-            self._waiting -= 1
-            if come.done():  # nobody waits
-                if error is None:
-                    undo(result)  # type: ignore[arg-type]
-            elif error is not None:
-                come.set_exception(error)
-            else:
-                come.set_result(result)  # type: ignore[arg-type]
-
-        def run() -> None:
-            result, error = None, None
-            try:
-                result = work()
-            except Exception as exc:
-                error = exc
-            with suppress(RuntimeError):  # the loop has ended, and this process does
-                loop.call_soon_threadsafe(arrived, result, error)
-
         self._waiting += 1
-        _run(run)
         try:
             async with asyncio.timeout(self._seconds):
-                try:
-                    return await come
-                except asyncio.CancelledError:
-                    if come.done() and not come.cancelled() and come.exception() is None:
-                        undo(come.result())
-                    raise
+                return await beside(work, undo, self._one_less)
         except TimeoutError:
             reason = f"{what}: its storage has not answered in {self._seconds:g} s (limits.image_s)"
             raise OperatorError(reason, errno.ETIMEDOUT) from None
 
-
-def _run(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, name="image", daemon=True).start()
+    def _one_less(self) -> None:
+        self._waiting -= 1

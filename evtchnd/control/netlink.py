@@ -15,7 +15,8 @@ import errno
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -35,7 +36,8 @@ _DATAGRAM_BYTES = 32768
 _MOST_A_TURN = 8
 
 
-class Link(NamedTuple):
+@dataclass(frozen=True)
+class Link:
     """An interface as netlink tells of it. master: the index of its bridge, 0: none; here: False: it is deleted."""
 
     index: int
@@ -83,7 +85,7 @@ class _Reader:
         self.abort()
 
 
-class Netlink(AsyncIPRoute):  # type: ignore[misc] -- pyroute2 has no types
+class Netlink(AsyncIPRoute):  # type: ignore[misc]  # pyroute2 has no types
     """pyroute2's requests (`link`, `addr`, `route`) over `sock`, a bound socket that does not block; owned."""
 
     def __init__(self, sock: socket.socket) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from evtchnd import diskspec
+from evtchnd import diskspec, vifspec
 from evtchnd.control import varlink
 from evtchnd.errors import EvtchndError, OperatorError
 
@@ -78,6 +78,26 @@ class Console(Struct, frozen=True):
     log: str
     state: str
     counters: dict[str, int]
+
+
+class Vif(Struct, frozen=True):
+    devid: int
+    mac: str
+    vifname: str
+    bridge: str
+    netns: str
+    ip: str
+    mtu: int
+    queues: int
+    rate_bytes: int
+    rate_usec: int
+    carrier: bool
+    link: str
+    reason: str
+    backend: str
+    frontend: str
+    state: int | None = None
+    counters: dict[str, int] | None = None
 
 
 class ListReply(Struct, frozen=True):
@@ -166,6 +186,45 @@ class BlockResizeReply(Struct, frozen=True):
     sector_size: int
 
 
+class NetworkAttachCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    vif: str
+
+
+class NetworkAttachReply(Struct, frozen=True):
+    vif: Vif
+
+
+class NetworkDetachCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    device: str
+    force: bool | None = None
+
+
+class NetworkDetachReply(Struct, frozen=True):
+    devid: int
+    forced: bool
+
+
+class NetworkSetCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+    device: str
+    rate: str | None = None
+    carrier: bool | None = None
+
+
+class NetworkSetReply(Struct, frozen=True):
+    vif: Vif
+
+
+class NetworkListCall(Struct, frozen=True, forbid_unknown_fields=True):
+    domid: Domid
+
+
+class NetworkListReply(Struct, frozen=True):
+    vifs: list[Vif]
+
+
 class Operator:
     """The operator's socket of a running Daemon."""
 
@@ -181,6 +240,10 @@ class Operator:
             "ConsoleAttach": varlink.Method(ConsoleAttachCall, self._console_attach),
             "ConsoleDetach": varlink.Method(ConsoleDetachCall, self._console_detach),
             "BlockResize": varlink.Method(BlockResizeCall, self._block_resize),
+            "NetworkAttach": varlink.Method(NetworkAttachCall, self._network_attach),
+            "NetworkDetach": varlink.Method(NetworkDetachCall, self._network_detach),
+            "NetworkSet": varlink.Method(NetworkSetCall, self._network_set),
+            "NetworkList": varlink.Method(NetworkListCall, self._network_list),
         }
         service = varlink.Service(
             [varlink.Interface(DESCRIPTION, methods, _failed)],
@@ -239,6 +302,22 @@ class Operator:
 
     async def _block_resize(self, call: BlockResizeCall) -> BlockResizeReply:
         return _reply(BlockResizeReply, await self._daemon.resize_block(call.domid, call.device, call.size))
+
+    async def _network_attach(self, call: NetworkAttachCall) -> NetworkAttachReply:
+        made = await self._daemon.attach_vif(call.domid, vifspec.parse(call.vif))
+        return _reply(NetworkAttachReply, {"vif": made})
+
+    async def _network_detach(self, call: NetworkDetachCall) -> NetworkDetachReply:
+        gone = await self._daemon.detach_vif(call.domid, call.device, force=bool(call.force))
+        return _reply(NetworkDetachReply, gone)
+
+    async def _network_set(self, call: NetworkSetCall) -> NetworkSetReply:
+        rate = None if call.rate is None else vifspec.limit(call.rate)
+        changed = await self._daemon.change_vif(call.domid, call.device, rate=rate, carrier=call.carrier)
+        return _reply(NetworkSetReply, {"vif": changed})
+
+    async def _network_list(self, call: NetworkListCall) -> NetworkListReply:
+        return _reply(NetworkListReply, {"vifs": await self._daemon.vifs(call.domid)})
 
 
 def version() -> str:

@@ -32,6 +32,8 @@ from evtchnd.worker.link import Link
 
 if TYPE_CHECKING:
     from evtchnd.control.console import Console, Consoles
+    from evtchnd.control.vif import Vifs
+    from evtchnd.worker.device import Params
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,22 @@ _LOOK_S, _LOOK_MOST_S = 0.001, 0.1
 _SLOW_S = 10.0
 
 
+class Attachable(Protocol):
+    """A console or a vif."""
+
+    key: int
+    closed: bool
+    connected: Params | None
+    reason: str
+    settled: asyncio.Event
+
+    @property
+    def name(self) -> str: ...
+
+    def attach(self, id: int) -> tuple[m.AnyMessage, list[int]]:
+        """What a worker is told of it, and the descriptors that go along."""
+
+
 class Owner(Protocol):
     """The domain, as its supervisor sees it."""
 
@@ -50,6 +68,7 @@ class Owner(Protocol):
     running: bool  # its disks have their nodes
     disks: dict[int, Disk]
     consoles: Consoles
+    vifs: Vifs
 
     def memory_messages(self, id: Callable[[], int]) -> Iterable[tuple[m.Memory, list[int]]]:
         """All slots and grant frames."""
@@ -63,7 +82,8 @@ class Owner(Protocol):
     async def bind(self, devid: int, ports: list[int]) -> list[int]: ...
     def unbind(self, devid: int, ports: list[int]) -> None: ...
     def disk_ended(self, disk: Disk) -> None: ...
-    def rings_gone(self, disk: Disk) -> None: ...
+    def device_ended(self, device: Attachable) -> None: ...
+    def rings_gone(self, device: Disk | Attachable) -> None: ...
 
 
 class _Worker:
@@ -163,18 +183,18 @@ class Supervisor:
         if worker is not None:
             worker.given.discard(disk.devid)
 
-    async def attach_console(self, console: Console) -> None:
-        """Gives a console to the worker."""
+    async def attach_device(self, device: Attachable) -> None:
+        """Gives a console or a vif to the worker."""
         worker = self._worker
         if worker is not None:
-            await self._attach_console(worker, console)
+            await self._attach_device(worker, device)
 
-    async def detach_console(self, console: Console) -> None:
+    async def detach_device(self, device: Attachable) -> None:
         """As detach."""
         worker = self._worker
-        await self.change(lambda id: m.Detach(id, console.key))
+        await self.change(lambda id: m.Detach(id, device.key))
         if worker is not None:
-            worker.given.discard(console.key)
+            worker.given.discard(device.key)
 
     async def client(self, console: Console, fd: int, greeting: bytes) -> None:
         """Gives a console's client to the worker, or to the next one if that one dies. VmmError, HostError."""
@@ -266,9 +286,10 @@ class Supervisor:
                 worker = await self._begin()
                 self.restarts += 1
                 if self._owner.running:
-                    for console in list(self._owner.consoles.by_key.values()):
-                        if not console.reason:
-                            self._spawn(self._attach_console(worker, console))
+                    devices: list[Attachable] = list(self._owner.consoles.by_key.values())
+                    for device in [*devices, *self._owner.vifs.by_key.values()]:
+                        if not device.reason:
+                            self._spawn(self._attach_device(worker, device))
                     for disk in list(self._owner.disks.values()):
                         if not disk.reason:
                             self._spawn(self._attach(worker, disk))
@@ -328,17 +349,22 @@ class Supervisor:
         elif disk.connected is not None:
             self._owner.kick(disk.devid)
 
-    async def _attach_console(self, worker: _Worker, console: Console) -> None:
-        if self._worker is not worker or console.closed or console.key in worker.given:
+    async def _attach_device(self, worker: _Worker, device: Attachable) -> None:
+        if self._worker is not worker or device.closed or device.key in worker.given:
             return
-        worker.given.add(console.key)
+        worker.given.add(device.key)
         id = next(self._ids)
-        message, fds = console.attach(id)
+        message, fds = device.attach(id)
         answer = await worker.ask(id, message, fds)
         if isinstance(answer, m.Done) and answer.errno:
-            console.reason = answer.reason
-            console.settled.set()
-            log.error("%s: off: %s", console.name, answer.reason)
+            device.reason = answer.reason
+            device.settled.set()
+            log.error("%s: off: %s", device.name, answer.reason)
+        elif device.connected is not None:
+            self._owner.kick(device.key)
+
+    def _device(self, key: int) -> Attachable | None:
+        return self._owner.consoles.by_key.get(key) or self._owner.vifs.by_key.get(key)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -376,17 +402,17 @@ class Supervisor:
                 disk.connected = None
                 disk.reason = message.reason
                 self._owner.disk_ended(disk)
-            case m.Connected() if message.devid in self._owner.consoles.by_key:
-                console = self._owner.consoles.by_key[message.devid]
-                console.connected = message.params
-                console.settled.set()
-            case m.Ended() if message.devid in self._owner.consoles.by_key:
-                console = self._owner.consoles.by_key[message.devid]
-                worker.given.discard(console.key)
-                console.connected = None
-                console.reason = message.reason
-                console.settled.set()
-                self._owner.consoles.ended(console)
+            case m.Connected() if (device := self._device(message.devid)) is not None:
+                device.connected = message.params
+                device.settled.set()
+                if message.params is None:
+                    self._owner.rings_gone(device)
+            case m.Ended() if (device := self._device(message.devid)) is not None:
+                worker.given.discard(device.key)
+                device.connected = None
+                device.reason = message.reason
+                device.settled.set()
+                self._owner.device_ended(device)
             case _:
                 log.debug("%s: %s of no device", self._name, type(message).__name__)
         transport.close_all(fds)

@@ -15,8 +15,8 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from evtchnd import transport
 from evtchnd.errors import OperatorError
@@ -35,7 +35,8 @@ _DROP_IN = "systemd/evtchnd.service.d/tap.conf"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Tap(NamedTuple):
+@dataclass(frozen=True)
+class Tap:
     """A TAP that is open. made: it came into being by this, and goes with its last descriptor; else it was there."""
 
     name: str
@@ -50,7 +51,7 @@ def open_tap(name: str, queues: int, netns: str = "") -> Tap:
         there = _is_there(name)
         fds: list[int] = []
         try:
-            for _ in range(queues):
+            while len(fds) < queues:
                 fds.append(_open_queue(name))
             made = not _is_persistent(fds[0])
             if there and made:

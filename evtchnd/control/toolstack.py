@@ -12,7 +12,9 @@ from typing import Protocol
 
 from evtchnd.abi import GNTTAB_RESERVED_XENSTORE, XenbusState
 from evtchnd.control.disk import Disk
+from evtchnd.vifspec import VifSpec
 from evtchnd.worker.device import Params
+from evtchnd.worker.messages import Vif
 from evtchnd.xenstore.client import Client
 from evtchnd.xenstore.local import LocalTransaction
 from evtchnd.xenstore.server import Server
@@ -27,6 +29,13 @@ class Placed(Protocol):
     domid: int
     devid: int
     connected: Params | None
+
+
+class Interface(Placed, Protocol):
+    """A vif."""
+
+    spec: VifSpec
+    host: Vif
 
 
 class Terminal(Placed, Protocol):
@@ -51,7 +60,12 @@ class Introduced(Protocol):
 
 # A frontend that waits for its backend's last state has seen it then, before the nodes go.
 SEEN_S = 0.25
-_OF_RINGS = re.compile(r"ring-ref\d*|event-channel|ring-page-order|num-ring-pages|multi-queue-num-queues|queue-\d+")
+_OF_RINGS = re.compile(
+    r"((tx-|rx-|ctrl-)?ring-ref|event-channel(-tx|-rx|-ctrl)?)\d*"
+    r"|ring-page-order|num-ring-pages|multi-queue-num-queues|queue-\d+"
+)
+# libxl's LIBXL_DEVICE_NIC_MTU_DEFAULT: a vif of that size has no `mtu` at its backend
+_DEFAULT_MTU = 1500
 # A frontend in one of these has a ring, or is about to: a detach waits for it.
 _WITH_RING = (XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSING)
 
@@ -102,7 +116,14 @@ def add_domain(server: Server, domain: Introduced) -> None:
             "control/platform-feature-xs_reset_watches": 1,
             **{f"cpu/{vcpu}/availability": "online" for vcpu in range(domain.vcpus)},
         }
-        for directory in ("memory", "store", "control", "cpu", "device", "device/vbd", "device/console"):
+        for directory in (
+            "memory",
+            "store",
+            "control",
+            "cpu",
+            "device",
+            *(f"device/{kind}" for kind in ("vbd", "vif", "console")),
+        ):
             t.mkdir(f"{path}/{directory}", perms=readable)
         for vcpu in range(domain.vcpus):
             t.mkdir(f"{path}/cpu/{vcpu}", perms=readable)
@@ -209,6 +230,62 @@ def add_console(server: Server, console: Terminal, limit: int) -> None:
             t.write(f"{front}/{name}", value, perms=of_host)
         for name, value in own.items():
             t.write(f"{front}/{name}", value, perms=of_guest)
+
+
+def add_vif(server: Server, vif: Interface) -> None:
+    """Both directories of a vif, at once, as libxl_nic.c has them. The host's end is wired already: no script comes."""
+    front, back, spec, host = frontend(vif), backend(vif), vif.spec, vif.host
+    of_guest = [f"n{vif.domid}", "r0"]
+    of_host = ["n0", f"r{vif.domid}"]
+    of_backend: dict[str, str | int] = {
+        "frontend": front,
+        "frontend-id": vif.domid,
+        "online": 1,
+        "state": int(XenbusState.INITIALISING),
+        "script": spec.wiring,
+        "vifname": host.name,
+        "mac": spec.mac,
+        **({"ip": " ".join(spec.ip)} if spec.ip else {}),
+        **({"rate": _rate(host)} if host.rate[1] else {}),
+        **({"mtu": host.mtu} if host.mtu != _DEFAULT_MTU else {}),
+        **({"bridge": spec.bridge} if spec.bridge else {}),
+        "handle": vif.devid,
+        "type": "vif",
+        "hotplug-status": "connected",
+    }
+    of_frontend: dict[str, str | int] = {
+        "backend": back,
+        "backend-id": 0,
+        "state": int(XenbusState.INITIALISING),
+        "handle": vif.devid,
+        "mac": spec.mac,
+        "trusted": int(spec.trusted),
+    }
+    with server.transaction() as t:
+        t.rm(back)
+        t.rm(front)
+        t.mkdir(back.rpartition("/")[0], perms=of_host)
+        t.mkdir(back, perms=of_host)
+        t.mkdir(front, perms=of_guest)
+        for name, value in of_backend.items():
+            t.write(f"{back}/{name}", value, perms=of_host)
+        for name, value in of_frontend.items():
+            t.write(f"{front}/{name}", value, perms=of_guest)
+        t.write(f"{front}/mtu", host.mtu, perms=of_host)
+
+
+def set_rate(server: Server, vif: Interface) -> None:
+    """The backend's `rate`, after a change of it."""
+    node = f"{backend(vif)}/rate"
+    with server.transaction() as t:
+        if vif.host.rate[1]:
+            t.write(node, _rate(vif.host), perms=["n0", f"r{vif.domid}"])
+        else:
+            t.rm(node)
+
+
+def _rate(host: Vif) -> str:
+    return f"{host.rate[0]},{host.rate[1]}"
 
 
 def forget_rings(server: Server, disk: Placed) -> None:

@@ -1,0 +1,310 @@
+"""The host's ends of all vifs: TAPs made, wired and watched, one pair of netlink sockets a network namespace.
+
+News of links comes from the kernel; nothing is polled and no table is dumped. A TAP that is deleted is made again after
+a pause if it was made here, and is opened again when somebody makes it anew if it was not; a bridge that is made anew
+gets its ports back. Whoever goes on only with the guest's leave (its queues, its frames) is told by `Changed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evtchnd import transport
+from evtchnd.control import tap
+from evtchnd.control.beside import beside
+from evtchnd.errors import OperatorError
+from evtchnd.vifspec import VifSpec
+
+if TYPE_CHECKING:
+    from evtchnd.control.netlink import Link, Links, Netlink
+
+log = logging.getLogger(__name__)
+
+# Whoever makes a bridge or a TAP anew takes a few steps; and who deletes one again and again costs one a second.
+_PAUSE_S, _PAUSE_MOST_S = 1.0, 30.0
+# One request: the kernel's lock for interfaces may be held for long where hundreds of them are made.
+_ANSWER_S = 10.0
+_DEFAULT_MTU = 1500
+# rt_scope_t: a route to a neighbour
+_RT_SCOPE_LINK = 253
+
+
+class Changed(Protocol):
+    """Whose port it is."""
+
+    def taps_changed(self, fds: list[int]) -> None:
+        """The TAP is another one: its descriptors, the owner's from now on."""
+
+    def mtu_changed(self, mtu: int) -> None: ...
+
+
+class Port:
+    """The host's end of one vif: a TAP, what it is wired to, and what is known of it.
+
+    state       "up"; else in a few words what is wrong: "down", "deleted", "br0 is not there"
+    made        this daemon made the TAP, which goes with its last descriptor
+    """
+
+    def __init__(self, label: str, name: str, queues: int, spec: VifSpec, owner: Changed) -> None:
+        self.label = label
+        self.name = name
+        self.queues = queues
+        self.spec = spec
+        self.made = False
+        self.mtu = spec.mtu or _DEFAULT_MTU
+        self.index = 0
+        self.bridge = 0
+        self.up = False
+        self.owner = owner
+        self._wrong = ""
+        self.changed = asyncio.Event()
+        self.keeper: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> str:
+        if not self.index:
+            return "deleted"
+        return self._wrong or ("up" if self.up else "down")
+
+    def wrong(self, what: str) -> None:
+        """Another state than up or down; "" ends it. Logged when it changes."""
+        if what and what != self._wrong:
+            log.warning("%s: %s: %s", self.label, self.name, what)
+        self._wrong = what
+
+    def news(self, link: Link) -> None:
+        """Some link of the port's namespace has changed."""
+        if self.index and link.index == self.index:
+            self._own_news(link)
+        elif link.here and link.name == self.name and not self.index:
+            self.changed.set()
+        if self.spec.bridge:
+            if not link.here and link.index == self.bridge:
+                self.bridge = 0
+                self.wrong(f"{self.spec.bridge} is not there")
+            elif link.here and link.name == self.spec.bridge and link.index != self.bridge:
+                self.changed.set()
+
+    def _own_news(self, link: Link) -> None:
+        if not link.here:
+            self.index, self.up = 0, False
+            log.warning("%s: %s: deleted", self.label, self.name)
+            if self.made:
+                self.changed.set()
+            return
+        if link.name != self.name:
+            log.info("%s: %s: is named %s now", self.label, self.name, link.name)
+            self.name = link.name
+        if link.up != self.up:
+            self.up = link.up
+            log.info("%s: %s: %s", self.label, self.name, "up" if link.up else "down")
+        if link.mtu and link.mtu != self.mtu:
+            self.mtu = link.mtu
+            log.info("%s: %s: mtu %d", self.label, self.name, link.mtu)
+            self.owner.mtu_changed(link.mtu)
+        if self.bridge:
+            # taken out by somebody, who is not contradicted; or the bridge goes, whose own news is next
+            self.wrong("" if link.master == self.bridge else f"no port of {self.spec.bridge} any more")
+
+
+class Network:
+    """All ports of this host."""
+
+    def __init__(self) -> None:
+        self._namespaces: dict[str, _Namespace] = {}
+        self._opening = asyncio.Lock()
+
+    async def open(self, port: Port) -> list[int]:
+        """Makes the port's TAP, wires it, and watches it from then on. Returns its queues. OperatorError."""
+        namespace = await self._namespace(port.spec.netns)
+        if any(other.name == port.name for other in namespace.ports):
+            await self._leave(namespace)
+            raise OperatorError(f"{port.name}: another vif has it")
+        namespace.ports.append(port)  # its name is taken, its news comes
+        try:
+            fds = await namespace.open(port)
+        except BaseException:
+            await self.close(port)
+            raise
+        port.keeper = asyncio.get_running_loop().create_task(namespace.keep(port))
+        return fds
+
+    async def close(self, port: Port) -> None:
+        """Watches the port no more. Its TAP goes with its descriptors. Idempotent."""
+        keeper, port.keeper = port.keeper, None
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.wait([keeper])
+        namespace = self._namespaces.get(port.spec.netns)
+        if namespace is not None and port in namespace.ports:
+            namespace.ports.remove(port)
+            await self._leave(namespace)
+
+    async def _namespace(self, netns: str) -> _Namespace:
+        async with self._opening:
+            if netns not in self._namespaces:
+                netlink, links = await beside(lambda: _sockets(netns), _close_sockets)
+                self._namespaces[netns] = _Namespace(netns, netlink, links)
+            return self._namespaces[netns]
+
+    async def _leave(self, namespace: _Namespace) -> None:
+        """Lets a namespace go that no port is in: it would be kept from ending by its sockets."""
+        if not namespace.ports and self._namespaces.get(namespace.netns) is namespace:
+            del self._namespaces[namespace.netns]
+            namespace.close()
+
+
+class _Namespace:
+    """One network namespace with ports of ours."""
+
+    def __init__(self, netns: str, requests: Any, news: Any) -> None:
+        from evtchnd.control import netlink
+
+        self.netns = netns
+        self.ports: list[Port] = []
+        self._asked = netlink.asked
+        self._netlink: Netlink = netlink.Netlink(requests)
+        self._links: Links = netlink.Links(news, self._news, self._missed)
+        self._looking: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._looking is not None:
+            self._looking.cancel()
+        self._links.close()
+        self._netlink.close()
+
+    # ---- a port
+
+    async def open(self, port: Port) -> list[int]:
+        """Opens and wires the TAP. OperatorError: it is closed again."""
+        opened = await beside(
+            lambda: tap.open_tap(port.name, port.queues, self.netns), lambda late: transport.close_all(late.fds)
+        )
+        try:
+            port.made = opened.made
+            await self._wire(port, opened.index)
+        except BaseException:
+            transport.close_all(opened.fds)
+            port.index = 0
+            raise
+        return opened.fds
+
+    async def _wire(self, port: Port, index: int) -> None:
+        """MTU, bridge, addresses, routes, and up. What is so already is left alone: that takes no capability."""
+        spec, name = port.spec, port.name
+        now = await self._asked(name, self._netlink.link_of(index), _ANSWER_S)
+        if now is None:
+            raise OperatorError(f"{name}: is gone again")
+        mtu, bridge = spec.mtu or (_DEFAULT_MTU if port.made else now.mtu), None
+        if spec.bridge:
+            bridge = await self._asked(spec.bridge, self._netlink.link_named(spec.bridge), _ANSWER_S)
+            if bridge is None:
+                raise OperatorError(f"bridge {spec.bridge} is not there (ip link add {spec.bridge} type bridge)")
+            mtu = spec.mtu or bridge.mtu
+        wanted: dict[str, Any] = {"mtu": mtu} if mtu != now.mtu else {}
+        if port.made:
+            wanted["ifalias"] = port.label
+        if bridge is not None and now.master != bridge.index:
+            wanted["master"] = bridge.index
+        if bridge is not None and port.made:
+            # the guest's with a first byte that no bridge takes for its own (it takes the lowest)
+            wanted["address"] = f"fe{spec.mac[2:]}"
+        for key, value in wanted.items():
+            what = f"{name}: {key} {value}" if key != "master" else f"{name}: bridge {spec.bridge}"
+            await self._asked(what, self._netlink.link("set", index=index, **{key: value}), _ANSWER_S)
+        if not now.up:
+            await self._asked(f"{name}: up", self._netlink.link("set", index=index, state="up"), _ANSWER_S)
+        for address in spec.address:
+            request = self._netlink.addr(
+                "replace", index=index, address=str(address.ip), prefixlen=address.network.prefixlen
+            )
+            await self._asked(f"{name}: address {address}", request, _ANSWER_S)
+        for there in spec.ip if spec.wiring == "vif-route" else ():
+            route = there if "/" in there else f"{there}/{128 if ':' in there else 32}"
+            request = self._netlink.route("replace", dst=route, oif=index, scope=_RT_SCOPE_LINK)
+            await self._asked(f"{name}: route to {there}", request, _ANSWER_S)
+        port.index, port.mtu, port.up = index, mtu, True
+        port.bridge = bridge.index if bridge is not None else 0
+        port.wrong("")
+
+    async def keep(self, port: Port) -> None:
+        """Makes the TAP anew when it is gone, and the bridge's port when the bridge is back; for ever."""
+        pause = _PAUSE_S
+        while True:
+            await port.changed.wait()
+            await asyncio.sleep(pause)
+            port.changed.clear()
+            try:
+                if not port.index:
+                    await self._again(port)
+                elif port.spec.bridge and not port.bridge:
+                    await self._rejoin(port)
+                pause = _PAUSE_S
+            except OperatorError as exc:
+                port.wrong(str(exc).removeprefix(f"{port.name}: "))
+                pause = min(pause * 2, _PAUSE_MOST_S)
+                if not port.index and port.made:
+                    port.changed.set()
+
+    async def _again(self, port: Port) -> None:
+        if not port.made and await self._asked(port.name, self._netlink.link_named(port.name), _ANSWER_S) is None:
+            return
+        fds = await self.open(port)
+        log.info("%s: %s: is back", port.label, port.name)
+        port.owner.taps_changed(fds)
+        port.owner.mtu_changed(port.mtu)
+
+    async def _rejoin(self, port: Port) -> None:
+        bridge = await self._asked(port.spec.bridge, self._netlink.link_named(port.spec.bridge), _ANSWER_S)
+        if bridge is not None:
+            await self._wire(port, port.index)
+            log.info("%s: %s: is a port of %s again", port.label, port.name, port.spec.bridge)
+            port.owner.mtu_changed(port.mtu)
+
+    # ---- news
+
+    def _news(self, link: Link) -> None:
+        for port in self.ports:
+            port.news(link)
+
+    def _missed(self) -> None:
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.get_running_loop().create_task(self._look())
+
+    async def _look(self) -> None:
+        """The kernel has dropped news: what has become of our links?"""
+        from evtchnd.control import netlink
+
+        for port in list(self.ports):
+            with suppress(OperatorError):
+                if port.index:
+                    link = await self._asked(port.name, self._netlink.link_of(port.index), _ANSWER_S)
+                    if link is not None:
+                        port.news(link)
+                    else:
+                        port.news(netlink.Link(port.index, port.name, 0, 0, up=False, running=False, here=False))
+                if port.spec.bridge:
+                    bridge = await self._asked(port.name, self._netlink.link_named(port.spec.bridge), _ANSWER_S)
+                    if bridge is None or bridge.index != port.bridge:
+                        port.bridge = 0
+                port.changed.set()
+
+
+def _sockets(netns: str) -> tuple[Any, Any]:
+    from evtchnd.control import netlink
+
+    requests = tap.netlink_socket(netns, 0)
+    try:
+        return requests, tap.netlink_socket(netns, netlink.LINKS)
+    except BaseException:
+        requests.close()
+        raise
+
+
+def _close_sockets(late: tuple[Any, Any]) -> None:
+    for sock in late:
+        sock.close()

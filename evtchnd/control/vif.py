@@ -1,0 +1,298 @@
+"""A domain's network interfaces as the control plane holds them: their TAPs' queues, and what survives their worker."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from typing import Any
+
+import msgspec
+
+from evtchnd import transport
+from evtchnd.control import descriptors, toolstack
+from evtchnd.control.config import Config
+from evtchnd.control.network import Network, Port
+from evtchnd.control.ports import Ports
+from evtchnd.control.supervisor import Supervisor
+from evtchnd.errors import HostError, OperatorError, VmmError
+from evtchnd.vifspec import VifSpec
+from evtchnd.worker import messages as m
+from evtchnd.worker.device import Params, vif_key
+from evtchnd.xenstore.client import Client
+from evtchnd.xenstore.server import Server
+
+log = logging.getLogger(__name__)
+
+# Of one vif here: its control ring's port, and some air; of a queue: one of the TAP, four of ports.
+DESCRIPTORS, QUEUE_DESCRIPTORS = 4, 5
+# A worker that has just been given a vif may not serve it yet.
+_SERVED_S, _TRIES = 0.1, 50
+_UNLIMITED = (0, 0)
+
+
+class Vif:
+    """One vif. Owns its TAP's descriptors.
+
+    host        what the worker is told of the host's end
+    connected   what the live rings are (the worker's words), None while there are none
+    reason      why it is off; "" while it is served
+    leaving     a detach has given up waiting for the guest: it is removed when the guest lets it go
+    """
+
+    kind = "vif"
+
+    def __init__(self, domid: int, devid: int, spec: VifSpec, config: Config, vifs: Vifs) -> None:
+        self.domid = domid
+        self.devid = devid
+        self.key = vif_key(devid)
+        self.spec = spec
+        queues = min(spec.queues or config.vif.max_queues, config.vif.max_queues)
+        self.port = Port(self.name, spec.name(domid, devid), queues, spec, self)
+        self.host = m.Vif(
+            spec.mac,
+            queues,
+            self.port.name,
+            rate=spec.rate or _UNLIMITED,
+            stall_s=config.vif.stall_s,
+            drain_s=config.vif.drain_s,
+        )
+        self.connected: Params | None = None
+        self.reason = ""
+        self.leaving = False
+        self.closed = False
+        self.settled = asyncio.Event()  # its backend serves it, or has given up
+        self.fds: list[int] = []
+        self._vifs = vifs
+
+    @property
+    def name(self) -> str:
+        """As every line about it begins."""
+        return f"domain {self.domid}: {self.kind} {self.devid}"
+
+    def attach(self, id: int) -> tuple[m.AttachVif, list[int]]:
+        """What its worker gets, and the descriptors that go along."""
+        return m.AttachVif(id, self.key, self.devid, self.host, self.connected), self.fds
+
+    def taps_changed(self, fds: list[int]) -> None:
+        """As network.Changed."""
+        old, self.fds = self.fds, fds
+        transport.close_all(old)
+        if self.closed:
+            transport.close_all(fds)
+            self.fds = []
+        else:
+            self._vifs.tell(self, lambda id: m.Taps(id, self.key), self.fds)
+
+    def mtu_changed(self, mtu: int) -> None:
+        """As network.Changed."""
+        if mtu != self.host.mtu and not self.closed:
+            self.host = msgspec.structs.replace(self.host, mtu=mtu)
+            self._vifs.tell(self, lambda id: m.ChangeVif(id, self.key, mtu=mtu), [])
+
+    def close(self) -> None:
+        """Closes its TAP. Idempotent."""
+        self.closed = True
+        fds, self.fds = self.fds, []
+        transport.close_all(fds)
+
+    def described(self) -> dict[str, Any]:
+        """As operators see it, without its state and its counters."""
+        return {
+            "devid": self.devid,
+            "mac": self.spec.mac,
+            "vifname": self.port.name,
+            "bridge": self.spec.bridge,
+            "netns": self.spec.netns,
+            "ip": " ".join(self.spec.ip),
+            "mtu": self.host.mtu,
+            "queues": self.host.queues,
+            "rate_bytes": self.host.rate[0],
+            "rate_usec": self.host.rate[1],
+            "carrier": self.host.carrier,
+            "link": self.port.state,
+            "reason": self.reason,
+            "backend": toolstack.backend(self),
+            "frontend": toolstack.frontend(self),
+        }
+
+
+class Vifs:
+    """All of one domain, by number; `by_key` is the supervisor's view of them."""
+
+    def __init__(
+        self, domid: int, *, server: Server, store: Client, ports: Ports, network: Network, config: Config
+    ) -> None:
+        self.by_key: dict[int, Vif] = {}
+        self._opening: dict[int, Vif] = {}
+        self._domid = domid
+        self._label = f"domain {domid}"
+        self._server = server
+        self._store = store
+        self._ports = ports
+        self._network = network
+        self._config = config
+        self._supervisor: Supervisor | None = None
+        self._over = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def find(self, device: str) -> Vif:
+        """By its number, its MAC address (as xl does) or the name of its host's end. OperatorError."""
+        for vif in self.by_key.values():
+            if device in (str(vif.devid), vif.port.name) or device.lower() == vif.spec.mac:
+                return vif
+        raise OperatorError(f"{self._label}: no vif {device}", errno.ENOENT)
+
+    # ---- life
+
+    async def attach(self, spec: VifSpec) -> Vif:
+        """Makes the host's end, then the device, now or at START. OperatorError: there is nothing of it then."""
+        vif = Vif(self._domid, self._place(spec), spec, self._config, self)
+        try:
+            descriptors.require(DESCRIPTORS + QUEUE_DESCRIPTORS * vif.host.queues, vif.name)
+        except HostError as exc:
+            raise OperatorError(str(exc)) from None
+        self._opening[vif.devid] = vif
+        try:
+            vif.fds = await self._network.open(vif.port)
+        except OperatorError as exc:
+            raise OperatorError(f"{vif.name}: {exc}", exc.errno) from None
+        finally:
+            del self._opening[vif.devid]
+        if self._over:  # the domain has ended meanwhile
+            await self._network.close(vif.port)
+            vif.close()
+            raise OperatorError(f"{self._label} has ended")
+        vif.host = msgspec.structs.replace(vif.host, mtu=vif.port.mtu)
+        self.by_key[vif.key] = vif
+        if self._supervisor is not None:
+            toolstack.add_vif(self._server, vif)
+            await self._supervisor.attach_device(vif)
+            if vif.reason:
+                await self._remove(vif)
+                raise OperatorError(f"{vif.name}: {vif.reason}")
+        return vif
+
+    def _place(self, spec: VifSpec) -> int:
+        """A free number. OperatorError."""
+        if self._over:
+            raise OperatorError(f"{self._label} has ended")
+        vifs = [*self.by_key.values(), *self._opening.values()]
+        if len(vifs) >= self._config.limits.vifs:
+            raise OperatorError(f"{self._label}: {len(vifs)} vifs are the limit (limits.vifs)", errno.ENOSPC)
+        taken = {vif.devid for vif in vifs}
+        if spec.devid is not None and spec.devid in taken:
+            raise OperatorError(f"{self._label}: vif {spec.devid} is there already", errno.EEXIST)
+        for vif in vifs:
+            if vif.spec.mac == spec.mac:
+                raise OperatorError(f"{self._label}: vif {vif.devid} has {spec.mac} already", errno.EEXIST)
+        return spec.devid if spec.devid is not None else next(n for n in range(len(taken) + 1) if n not in taken)
+
+    async def start(self, supervisor: Supervisor) -> None:
+        """At START: nodes, then its worker's; `attach` does both itself from then on."""
+        self._supervisor = supervisor
+        vifs = list(self.by_key.values())
+        for vif in vifs:
+            toolstack.add_vif(self._server, vif)
+        for vif in vifs:
+            await supervisor.attach_device(vif)
+
+    async def detach(self, device: str, *, force: bool) -> tuple[Vif, bool]:
+        """Takes a vif from the guest. True: by force. OperatorError: the guest holds on to it."""
+        vif, forced = self.find(device), False
+        supervisor, limit = self._supervisor, self._config.limits.detach_s
+        if supervisor is not None:
+            if not await toolstack.ask_to_leave(self._server, self._store, vif, limit):
+                if self.by_key.get(vif.key) is vif and vif.connected is not None and not force:
+                    vif.leaving = True
+                    raise OperatorError(
+                        f"{vif.name}: the guest did not let it go in {limit:g} s: it is removed when the guest does",
+                        errno.EBUSY,
+                    )
+                forced = True
+            if self.by_key.get(vif.key) is vif:
+                await supervisor.detach_device(vif)
+        await self._remove(vif)
+        return vif, forced
+
+    def ended(self, vif: Vif) -> None:
+        """The backend has ended by itself: after a detach that took too long, the rest of it happens now."""
+
+        async def remove() -> None:
+            await asyncio.sleep(toolstack.SEEN_S)
+            await self._remove(vif)
+
+        if vif.leaving and not vif.reason:
+            self._spawn(remove())
+
+    async def _remove(self, vif: Vif) -> None:
+        if self.by_key.get(vif.key) is vif:
+            del self.by_key[vif.key]
+            self._ports.unbind(vif.key, self._ports.of(vif.key))
+            toolstack.remove_device(self._server, vif)
+            await self._network.close(vif.port)
+            vif.close()
+            log.info("%s: removed", vif.name)
+
+    def end(self) -> None:
+        """The domain ends: nothing is begun any more."""
+        self._over = True
+
+    async def close(self) -> None:
+        """Closes all, for good."""
+        self._over = True
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        vifs = list(self.by_key.values())
+        self.by_key.clear()
+        for vif in vifs:
+            await self._network.close(vif.port)
+            vif.close()
+
+    # ---- changes
+
+    async def change(self, device: str, rate: tuple[int, int] | None, carrier: bool | None) -> Vif:
+        """Live: what the guest may send ((0, 0): anything), and whether its link is up. None: as it was."""
+        vif = self.find(device)
+        said = {key: value for key, value in (("rate", rate), ("carrier", carrier)) if value is not None}
+        old, vif.host = vif.host, msgspec.structs.replace(vif.host, **said)
+        try:
+            await self._change(vif, lambda id: m.ChangeVif(id, vif.key, rate=rate, carrier=carrier), [])
+        except VmmError as exc:
+            vif.host = old
+            raise OperatorError(str(exc), exc.errno) from None
+        if self._supervisor is not None:
+            toolstack.set_rate(self._server, vif)
+        return vif
+
+    def tell(self, vif: Vif, message: Any, fds: list[int]) -> None:
+        """Tells the worker, beside what is going on here."""
+
+        async def told() -> None:
+            try:
+                await self._change(vif, message, fds)
+            except VmmError as exc:
+                log.error("%s: its worker does not take a change: %s", vif.name, exc)
+
+        if not self._over:
+            self._spawn(told())
+
+    async def _change(self, vif: Vif, message: Any, fds: list[int]) -> None:
+        """A worker that does not serve the vif yet gets it once it does; one that comes later has it from `host`."""
+        for _ in range(_TRIES):
+            if self._supervisor is None or vif.closed or vif.reason or (fds and fds is not vif.fds):
+                return
+            try:
+                await self._supervisor.change(message, fds)
+                return
+            except VmmError as exc:
+                if exc.errno != errno.ENODEV:
+                    raise
+            await asyncio.sleep(_SERVED_S)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
