@@ -34,6 +34,10 @@ _IFF_UP, _IFF_RUNNING = 0x1, 0x40
 _DATAGRAM_BYTES = 32768
 # In one turn of the loop; a message takes pyroute2 about a fifth of a millisecond.
 _MOST_A_TURN = 8
+# At a time: their answers have room in the socket's buffer (SO_RCVBUF is 212,992 bytes where nobody changed it).
+_MOST_REQUESTS = 8
+# One request: the kernel's lock for interfaces may be held for long where hundreds of them are made.
+_ANSWER_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ class _Reader:
             except BlockingIOError:
                 return
             except OSError as exc:
-                # ENOBUFS: the kernel had more to say than there was room for, and goes on
+                # ENOBUFS: the kernel had more to say than there was room for, and goes on. libuv takes the POLLERR that
+                # came with it for the end, and looks at the socket no more.
+                self._loop.remove_reader(self._sock.fileno())
+                self._loop.add_reader(self._sock.fileno(), self._ready)
                 self._failed(exc)
                 return
             self._take(data)
@@ -91,6 +98,7 @@ class Netlink(AsyncIPRoute):  # type: ignore[misc]  # pyroute2 has no types
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(use_socket=sock, groups=0)
         self._sock = sock
+        self._few = asyncio.Semaphore(_MOST_REQUESTS)
 
     async def setup_endpoint(self) -> None:
         """Called by pyroute2 before each request."""
@@ -105,13 +113,26 @@ class Netlink(AsyncIPRoute):  # type: ignore[misc]  # pyroute2 has no types
             super().close(code)
             self._sock.close()
 
-    async def link_named(self, name: str) -> Link | None:
-        """One link by its name, without a dump of all; None: there is none."""
-        return await self._get(ifname=name)
+    async def ask(self, what: str, request: Awaitable[T], limit_s: float = _ANSWER_S) -> T:
+        """The answer of one request. OperatorError: `what`, and why; also when no answer comes."""
+        try:
+            async with asyncio.timeout(limit_s), self._few:
+                return await request
+        except TimeoutError:
+            raise OperatorError(f"{what}: netlink does not answer", errno.ETIMEDOUT) from None
+        except NetlinkError as exc:
+            hint = " (it takes CAP_NET_ADMIN: systemd/evtchnd.service.d/tap.conf)" if exc.code == errno.EPERM else ""
+            raise OperatorError(f"{what}: {os.strerror(exc.code)}{hint}", exc.code) from None
+        except OSError as exc:
+            raise OperatorError(f"{what}: netlink: {exc.strerror}", exc.errno or errno.EIO) from None
 
-    async def link_of(self, index: int) -> Link | None:
-        """One link by its number."""
-        return await self._get(index=index)
+    async def link_named(self, name: str) -> Link | None:
+        """One link by its name, without a dump of all; None: there is none. OperatorError."""
+        return await self.ask(name, self._get(ifname=name))
+
+    async def link_of(self, name: str, index: int) -> Link | None:
+        """The same by its number; `name` begins an error."""
+        return await self.ask(name, self._get(index=index))
 
     async def _get(self, **which: Any) -> Link | None:
         try:
@@ -121,20 +142,6 @@ class Netlink(AsyncIPRoute):  # type: ignore[misc]  # pyroute2 has no types
                 return None
             raise
         return _link(answers[0]) if answers else None
-
-
-async def asked(what: str, request: Awaitable[T], limit_s: float) -> T:
-    """The answer of one request. OperatorError with the kernel's reason, after `what`; also when it does not come."""
-    try:
-        async with asyncio.timeout(limit_s):
-            return await request
-    except TimeoutError:
-        raise OperatorError(f"{what}: netlink does not answer", errno.ETIMEDOUT) from None
-    except NetlinkError as exc:
-        hint = " (it takes CAP_NET_ADMIN: systemd/evtchnd.service.d/tap.conf)" if exc.code == errno.EPERM else ""
-        raise OperatorError(f"{what}: {os.strerror(exc.code)}{hint}", exc.code) from None
-    except OSError as exc:
-        raise OperatorError(f"{what}: netlink: {exc.strerror}", exc.errno or errno.EIO) from None
 
 
 class Links:

@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 
 # Whoever makes a bridge or a TAP anew takes a few steps; and who deletes one again and again costs one a second.
 _PAUSE_S, _PAUSE_MOST_S = 1.0, 30.0
-# One request: the kernel's lock for interfaces may be held for long where hundreds of them are made.
-_ANSWER_S = 10.0
 _DEFAULT_MTU = 1500
 # rt_scope_t: a route to a neighbour
 _RT_SCOPE_LINK = 253
@@ -165,7 +163,6 @@ class _Namespace:
 
         self.netns = netns
         self.ports: list[Port] = []
-        self._asked = netlink.asked
         self._netlink: Netlink = netlink.Netlink(requests)
         self._links: Links = netlink.Links(news, self._news, self._missed)
         self._looking: asyncio.Task[None] | None = None
@@ -196,12 +193,12 @@ class _Namespace:
     async def _wire(self, port: Port, index: int) -> None:
         """MTU, bridge, addresses, routes, and up. What is so already is left alone: that takes no capability."""
         spec, name = port.spec, port.name
-        now = await self._asked(name, self._netlink.link_of(index), _ANSWER_S)
+        now = await self._netlink.link_of(name, index)
         if now is None:
             raise OperatorError(f"{name}: is gone again")
         mtu, bridge = spec.mtu or (_DEFAULT_MTU if port.made else now.mtu), None
         if spec.bridge:
-            bridge = await self._asked(spec.bridge, self._netlink.link_named(spec.bridge), _ANSWER_S)
+            bridge = await self._netlink.link_named(spec.bridge)
             if bridge is None:
                 raise OperatorError(f"bridge {spec.bridge} is not there (ip link add {spec.bridge} type bridge)")
             mtu = spec.mtu or bridge.mtu
@@ -215,18 +212,18 @@ class _Namespace:
             wanted["address"] = f"fe{spec.mac[2:]}"
         for key, value in wanted.items():
             what = f"{name}: {key} {value}" if key != "master" else f"{name}: bridge {spec.bridge}"
-            await self._asked(what, self._netlink.link("set", index=index, **{key: value}), _ANSWER_S)
+            await self._netlink.ask(what, self._netlink.link("set", index=index, **{key: value}))
         if not now.up:
-            await self._asked(f"{name}: up", self._netlink.link("set", index=index, state="up"), _ANSWER_S)
+            await self._netlink.ask(f"{name}: up", self._netlink.link("set", index=index, state="up"))
         for address in spec.address:
             request = self._netlink.addr(
                 "replace", index=index, address=str(address.ip), prefixlen=address.network.prefixlen
             )
-            await self._asked(f"{name}: address {address}", request, _ANSWER_S)
+            await self._netlink.ask(f"{name}: address {address}", request)
         for there in spec.ip if spec.wiring == "vif-route" else ():
             route = there if "/" in there else f"{there}/{128 if ':' in there else 32}"
             request = self._netlink.route("replace", dst=route, oif=index, scope=_RT_SCOPE_LINK)
-            await self._asked(f"{name}: route to {there}", request, _ANSWER_S)
+            await self._netlink.ask(f"{name}: route to {there}", request)
         port.index, port.mtu, port.up = index, mtu, True
         port.bridge = bridge.index if bridge is not None else 0
         port.wrong("")
@@ -251,7 +248,7 @@ class _Namespace:
                     port.changed.set()
 
     async def _again(self, port: Port) -> None:
-        if not port.made and await self._asked(port.name, self._netlink.link_named(port.name), _ANSWER_S) is None:
+        if not port.made and await self._netlink.link_named(port.name) is None:
             return
         fds = await self.open(port)
         log.info("%s: %s: is back", port.label, port.name)
@@ -259,7 +256,7 @@ class _Namespace:
         port.owner.mtu_changed(port.mtu)
 
     async def _rejoin(self, port: Port) -> None:
-        bridge = await self._asked(port.spec.bridge, self._netlink.link_named(port.spec.bridge), _ANSWER_S)
+        bridge = await self._netlink.link_named(port.spec.bridge)
         if bridge is not None:
             await self._wire(port, port.index)
             log.info("%s: %s: is a port of %s again", port.label, port.name, port.spec.bridge)
@@ -282,13 +279,13 @@ class _Namespace:
         for port in list(self.ports):
             with suppress(OperatorError):
                 if port.index:
-                    link = await self._asked(port.name, self._netlink.link_of(port.index), _ANSWER_S)
+                    link = await self._netlink.link_of(port.name, port.index)
                     if link is not None:
                         port.news(link)
                     else:
                         port.news(netlink.Link(port.index, port.name, 0, 0, up=False, running=False, here=False))
                 if port.spec.bridge:
-                    bridge = await self._asked(port.name, self._netlink.link_named(port.spec.bridge), _ANSWER_S)
+                    bridge = await self._netlink.link_named(port.spec.bridge)
                     if bridge is None or bridge.index != port.bridge:
                         port.bridge = 0
                 port.changed.set()
