@@ -1,11 +1,11 @@
 """netif's words that both ends share: flags, statuses, extras, slots (xen/include/public/io/netif.h).
 
-    tx request   u32 gref | u16 offset | u16 flags | u16 id | u16 size      12 bytes; response u16 id | s16 status
-    rx request   u16 id | u16 pad | u32 gref                                 8 bytes
-    rx response  u16 id | u16 offset | u16 flags | s16 status                8 bytes
-    extra        u8 type | u8 flags | 6 bytes by type                        over a tx request or an rx response
-    ctrl request u16 id | u16 type | u32 data[3]                            16 bytes
-    ctrl response u16 id | u16 type | u32 status | u32 data                 12 bytes
+tx request   u32 gref | u16 offset | u16 flags | u16 id | u16 size      12 bytes; response u16 id | s16 status
+rx request   u16 id | u16 pad | u32 gref                                 8 bytes
+rx response  u16 id | u16 offset | u16 flags | s16 status                8 bytes
+extra        u8 type | u8 flags | 6 bytes by type                        over a tx request or an rx response
+ctrl request u16 id | u16 type | u32 data[3]                            16 bytes
+ctrl response u16 id | u16 type | u32 status | u32 data                 12 bytes
 """
 
 from __future__ import annotations

@@ -81,6 +81,7 @@ class RxRing:
     """
 
     if TYPE_CHECKING:
+        memory: Any
         most_bytes: int
         gso: bool
         sg: bool

@@ -51,8 +51,8 @@ COMPILED: bool = bool(cython.compiled)
 
 # Numbers in the code are C constants: 256 entries of 12 bytes in the ring's page. Slots after the head: 18 are taken
 # (XEN_NETIF_NR_SLOTS_MIN), with 19 and 20 the packet is dropped, the 21st ends the vif (Linux' fatal_skb_slots).
-# `head` is the vnet header (12) and 256 bytes of the packet: Ethernet 14 + two VLAN tags 8 + IPv6 40 + extension headers
-# + TCP 60 leave 134 for the extensions; Linux' netback looks at no more than 256 either (MAX_IPV6_HDR_LEN).
+# `head` is the vnet header (12) and 256 bytes of the packet: Ethernet 14 + two VLAN tags 8 + IPv6 40 + extension
+# headers + TCP 60 leave 134 for the extensions; Linux' netback looks at no more than 256 either (MAX_IPV6_HDR_LEN).
 
 # What `stopped` says: why `run` ended before the ring was empty.
 NO_CREDIT = 1
@@ -67,11 +67,13 @@ class TxRing:
     credit: bytes that may be sent now; -1: no limit | stopped: 0, NO_CREDIT or TAP_FULL, of the last `run`
     tap_error: errno of the last write that the TAP refused since it was set to 0 (EIO: down, EBADFD: deleted)
     multicast(add, address) -> bool: what an extra of that type asks for; False: refused
-    Counters: packets, bytes (frames sent), slots; and packets that were dropped by reason: bad (sizes, slots), no_grant,
-    no_header (a checksum or a segmentation was asked for a packet that has none), no_tap, refused (by the kernel)
+    Counters: packets, bytes (frames sent), slots; and packets that were dropped by reason: bad (sizes, slots),
+    no_grant, no_header (a checksum or a segmentation was asked for a packet that has none), no_tap, refused (by the
+    kernel)
     """
 
     if TYPE_CHECKING:
+        memory: Any
         credit: int
         stopped: int
         tap_error: int
@@ -86,7 +88,7 @@ class TxRing:
         reason: str
         req_cons: int
         rsp_prod: int
-        multicast: Callable[[bool, bytes], bool] | None
+        multicast: Callable[[bool, Any], bool] | None
         head: Mem
 
     def __init__(self, grants: Pins, page: Any) -> None:
