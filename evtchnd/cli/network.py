@@ -16,6 +16,7 @@ Number = Callable[[Client, str], int]
 Say = Callable[[Asked, Any, str], None]
 Table = Callable[..., None]
 
+# Each the sum of the counters that begin so: packets are dropped for several reasons.
 _COUNTED = ("tx_packets", "tx_bytes", "tx_dropped", "rx_packets", "rx_bytes", "rx_dropped")
 
 
@@ -86,7 +87,7 @@ class Verbs:
             [
                 *(vif["devid"], vif["mac"], self._state(vif), vif["link"], _carrier(vif), vif["mtu"]),
                 *(vif["queues"], _rate(vif)),
-                *((vif["counters"] or {}).get(name, 0) for name in _COUNTED),
+                *(sum(count for key, count in vif["counters"].items() if key.startswith(name)) for name in _COUNTED),
                 _wired(vif),
             ]
             for vif in vifs

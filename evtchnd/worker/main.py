@@ -7,9 +7,9 @@ import socket
 import uvloop
 
 from evtchnd.worker.domain import Backend, Worker
-from evtchnd_backends import blkback, console  # the one line that binds backends to the daemon
+from evtchnd_backends import blkback, console, netback  # the one line that binds backends to the daemon
 
-BACKENDS: dict[str, Backend] = {"vbd": blkback.run, "console": console.run}
+BACKENDS: dict[str, Backend] = {"vbd": blkback.run, "console": console.run, "vif": netback.run}
 
 
 def serve(sock: socket.socket) -> None:

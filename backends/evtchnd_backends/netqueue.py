@@ -1,0 +1,310 @@
+"""One queue of a vif: a transmit and a receive ring, one or two event channels, one queue of the TAP.
+
+Both directions are stepped straight from what woke them: a kick or a poll that hit for what the guest sends, the loop's
+reader of the TAP for what it receives. Nothing is in flight between two steps.
+
+A guest that posts no pages stops its receive ring: the TAP is not read any more (its reader is taken out, so that it
+does not spin), the ring is armed and the guest's kick goes on with it; one that does not kick (no feature-rx-notify) is
+looked at every LOOK_S. What waits longer than `drain_s` is dropped; after `stall_s` the vif is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from evtchnd._core import RxRing, TxRing
+from evtchnd._core.netrx import NO_SLOTS, TAP_ERROR
+from evtchnd._core.nettx import NO_CREDIT, TAP_FULL
+from evtchnd.channel import Channel
+from evtchnd.grants import Page
+from evtchnd.netif import MOST_FRAME
+from evtchnd.worker.device import VifDevice
+
+from . import netif
+from .tap import GONE
+
+if TYPE_CHECKING:
+    from .vif import Vif
+
+# Packets before the other direction, and the guest, hear of it: a quarter of a ring, 64 packets of 64 KiB are 4 MiB.
+BATCH = 64
+# Linux' netback looks as often at a frontend that does not kick (its drain timeout then).
+LOOK_S = 0.03
+# A TAP that refuses reads for another reason than that it is gone is tried again this often.
+AGAIN_S = 1.0
+
+
+class Queue:
+    """`map()`, then `channels`, then `start()`; `stop()`, `give_back()`."""
+
+    tx: TxRing
+    rx: RxRing
+
+    def __init__(self, device: VifDevice, vif: Vif, number: int) -> None:
+        self.number = number
+        self.channels: list[Channel] = []
+        self.starved = False
+        self.stalled = False
+        self._device = device
+        self._vif = vif
+        self._loop = device.loop
+        self._pages: list[Page] = []
+        self._mapped = False
+        self._pumps: list[asyncio.Future[None]] = []
+        self._reading = -1  # the descriptor that the loop reads
+        self._writing = -1
+        self._since = 0.0
+        self._flushed = 0
+        self._out_of_credit: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._retry: asyncio.TimerHandle | None = None
+
+    def map(self, where: netif.Queue, rings: netif.Rings) -> None:
+        """The rings' pages. GuestError."""
+        device = self._device
+        for gref in (where.tx_gref, where.rx_gref):
+            self._pages.append(device.grants.map(gref, write=True))
+        gso = rings.sg and rings.csum4 and rings.csum6 and (rings.gso4 or rings.gso6)
+        self.tx = TxRing(device.grants, self._pages[0])
+        self.rx = RxRing(device.grants, self._pages[1], most_bytes=self.frame(gso), gso=gso, sg=rings.sg)
+        self._mapped = True
+        self.tx.multicast = self._vif.multicast
+
+    def frame(self, gso: bool) -> int:
+        """The longest frame that the TAP has for the guest."""
+        return MOST_FRAME if gso else min(self._device.vif.mtu + 22, MOST_FRAME)
+
+    def start(self, failed: Callable[[Exception], None]) -> None:
+        """Serves."""
+        tx, rx = self.channels[0], self.channels[-1]
+        if tx is rx:
+            self._drive(tx, self._both_pending, self._both_arm, failed, send=True, receive=True)
+        else:
+            self._drive(tx, self._tx_pending, self._tx_arm, failed, send=True, receive=False)
+            self._drive(rx, self._rx_pending, self._rx_arm, failed, send=False, receive=True)
+        self.read()
+
+    def _drive(
+        self,
+        channel: Channel,
+        pending: Callable[[], bool],
+        arm: Callable[[], bool],
+        failed: Callable[[Exception], None],
+        *,
+        send: bool,
+        receive: bool,
+    ) -> None:
+        channel.watch(pending, arm)
+        pump = channel.drive(self._serve(channel, send=send, receive=receive))
+        self._pumps.append(pump)
+
+        def ended(pump: asyncio.Future[None]) -> None:
+            error = None if pump.cancelled() else pump.exception()
+            if isinstance(error, Exception):
+                failed(error)
+
+        pump.add_done_callback(ended)
+
+    async def _serve(self, channel: Channel, *, send: bool, receive: bool) -> None:
+        """The pump: no wait but the one for work."""
+        again = True  # an earlier worker may have died between its push and its notification
+        while True:
+            due = send and self._send()
+            if receive:
+                due = self._receive() or due
+            if due or again:
+                channel.notify()
+                again = False
+            await channel.kicked()
+
+    # ---- guest to TAP
+
+    def _send(self) -> bool:
+        """One batch, or two: what has come meanwhile. True: notify."""
+        tx, vif = self.tx, self._vif
+        if self._out_of_credit is not None or self._writing >= 0:
+            return False
+        due = False
+        for _ in range(4):
+            tx.credit = vif.rate.left()
+            tx.run(vif.fd(self.number), BATCH)
+            vif.rate.spent(tx.credit)
+            due = tx.push() or due
+            if tx.tap_error:
+                vif.tap_failed(tx.tap_error)
+                tx.tap_error = 0
+            if tx.stopped == NO_CREDIT:
+                self._out_of_credit = self._loop.call_later(vif.rate.wait(), self._credit)
+                break
+            if tx.stopped == TAP_FULL:
+                self._writing = vif.fd(self.number)
+                self._loop.add_writer(self._writing, self._writable)
+                break
+            if not tx.pending():
+                break
+        return due
+
+    def _credit(self) -> None:
+        self._out_of_credit = None
+        self.channels[0].step()
+
+    def _writable(self) -> None:
+        self._loop.remove_writer(self._writing)
+        self._writing = -1
+        self.channels[0].step()
+
+    def _tx_pending(self) -> bool:
+        return self._out_of_credit is None and self._writing < 0 and self.tx.pending()
+
+    def _tx_arm(self) -> bool:
+        return self._out_of_credit is None and self._writing < 0 and self.tx.arm()
+
+    # ---- TAP to guest
+
+    def read(self) -> None:
+        """Hears of the TAP's packets (again: it may be another TAP now)."""
+        self.silence()
+        fd = self._vif.fd(self.number)
+        if fd >= 0 and not self.starved and self._pumps:
+            self._reading = fd
+            self._loop.add_reader(fd, self.channels[-1].step)
+
+    def silence(self) -> None:
+        """Hears of them no more. Before the descriptor is closed."""
+        if self._reading >= 0:
+            self._loop.remove_reader(self._reading)
+            self._reading = -1
+        if self._writing >= 0:
+            self._loop.remove_writer(self._writing)
+            self._writing = -1
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    def _receive(self) -> bool:
+        """One batch. True: notify."""
+        rx = self.rx
+        fd = self._vif.fd(self.number)
+        if fd < 0 or (self._reading < 0 and not self.starved):
+            return False
+        before = rx.slots
+        rx.run(fd, BATCH)
+        if rx.stopped == NO_SLOTS:
+            self._starve(moved=rx.slots != before)
+        elif self.starved:
+            self._feed()
+        if rx.stopped == TAP_ERROR:
+            self._tap_error(rx.tap_error)
+        return rx.push()
+
+    def _tap_error(self, error: int) -> None:
+        """No more reads: a TAP that is gone is readable for ever. Others are tried again in a while."""
+        self.silence()
+        self._vif.tap_failed(error)
+        if error not in GONE:
+            self._retry = self._loop.call_later(AGAIN_S, self.read)
+
+    def _starve(self, *, moved: bool) -> None:
+        """The guest has posted no page, or too few for the packet that waits."""
+        now = self._loop.time()
+        if not self.starved or moved:
+            self._since = now
+        if not self.starved:
+            self.starved = True
+            self.silence()
+        if self._watch is None:
+            self._watch = self._loop.call_later(self._pause(), self._starving)
+
+    def _pause(self) -> float:
+        vif = self._device.vif
+        return max(min(vif.drain_s, vif.stall_s or vif.drain_s), 0.01) if self._vif.rings.rx_notify else LOOK_S
+
+    def _starving(self) -> None:
+        """Time has passed."""
+        self._watch = None
+        if not self.starved:
+            return
+        vif = self._device.vif
+        waited = self._loop.time() - self._since
+        if waited >= vif.drain_s:
+            self.rx.drop_held()
+            self._flushed += self._vif.tap.flush(self.number) if self._vif.fd(self.number) >= 0 else 0
+        if waited >= vif.stall_s > 0 and self._vif.rings.rx_notify and not self.stalled:
+            self.stalled = True
+            self._vif.stalled(self)
+        self._watch = self._loop.call_later(self._pause(), self._starving)
+        self.channels[-1].step()
+
+    def _feed(self) -> None:
+        """There are pages again."""
+        self.starved = False
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        if self.stalled:
+            self.stalled = False
+            self._vif.stalled(self)
+        self.read()
+
+    def _rx_pending(self) -> bool:
+        return self.starved and self.rx.pending()
+
+    def _rx_arm(self) -> bool:
+        return self.starved and self.rx.arm()
+
+    def _both_pending(self) -> bool:
+        return self._tx_pending() or self._rx_pending()
+
+    def _both_arm(self) -> bool:
+        sends = self._tx_arm()
+        return self._rx_arm() or sends
+
+    # ---- the end
+
+    def counters(self) -> dict[str, int]:
+        """What only grows, plain integers by name."""
+        if not self._mapped:
+            return {}
+        tx, rx = self.tx, self.rx
+        return {
+            "tx_packets": tx.packets,
+            "tx_bytes": tx.bytes,
+            "tx_slots": tx.slots,
+            "tx_dropped_bad": tx.bad,
+            "tx_dropped_grant": tx.no_grant,
+            "tx_dropped_header": tx.no_header,
+            "tx_dropped_tap": tx.no_tap,
+            "tx_dropped_refused": tx.refused,
+            "rx_packets": rx.packets,
+            "rx_bytes": rx.bytes,
+            "rx_slots": rx.slots,
+            "rx_dropped_long": rx.too_long,
+            "rx_dropped_multicast": rx.unwanted,
+            "rx_dropped_expired": rx.expired + self._flushed,
+            "rx_bad_grants": rx.bad_grants,
+            "rx_moved": rx.moved,
+            "rx_waited": rx.waited,
+            "kicks": sum(channel.kicks for channel in self.channels),
+            "wakeups": sum(channel.wakeups for channel in self.channels),
+            "notifications": sum(channel.notifications for channel in self.channels),
+        }
+
+    def stop(self) -> None:
+        """Takes nothing more."""
+        self.silence()
+        for timer in (self._out_of_credit, self._watch):
+            if timer is not None:
+                timer.cancel()
+        self._out_of_credit = self._watch = None
+        for pump in self._pumps:
+            pump.cancel()
+
+    def give_back(self) -> None:
+        """Unmaps. Idempotent."""
+        if self._mapped:
+            self.tx.close()
+            self.rx.close()
+        for page in self._pages:
+            page.close()

@@ -1,0 +1,63 @@
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+cimport cython
+from evtchnd._core.pins cimport Pins
+from evtchnd._core.words cimport (
+    Area, Mem, copy, fence, get8, get16, get32, get64, ld32, put8, put16, put32, put64, st32, sys_preadv, u32,
+)
+
+
+@cython.final
+cdef class RxRing:
+    cdef public int most_bytes
+    cdef public bint gso, sg
+    cdef public int headroom
+    cdef public object groups
+    cdef readonly int stopped
+    cdef public int tap_error
+    cdef readonly int held
+    cdef readonly long long packets, bytes, slots
+    cdef readonly long long too_long, unwanted, moved, bad_grants, waited, expired
+    cdef readonly object reason
+    cdef readonly uint32_t req_cons, rsp_prod
+
+    cdef Pins grants
+    cdef object memory
+    cdef bint closed
+    cdef Area area
+    cdef Mem pages, entry, response, buffer, iov
+    cdef uint32_t published, seen
+
+    @cython.locals(prod=uint32_t, waiting=uint32_t)
+    cdef uint32_t free(self) except? 0xFFFFFFFF
+    @cython.locals(waiting=uint32_t, at=Py_ssize_t, usable=int)
+    cdef int fill(self) except -1
+    @cython.locals(each=int)
+    cdef int needed(self, int length, int extras) except -1
+    @cython.locals(done=Py_ssize_t, usable=int, spare=int, got=Py_ssize_t)
+    cpdef Py_ssize_t run(self, int fd, Py_ssize_t most) except -1
+    @cython.locals(got=Py_ssize_t)
+    cdef Py_ssize_t read_aside(self, int fd) except? -4095
+    @cython.locals(length=int, extras=int, each=int, parts=int, done=int, part=int, i=int, index=uint32_t)
+    cdef int deliver(self, int usable) except -1
+    @cython.locals(address=uint64_t)
+    cdef int copy_out(self, Py_ssize_t at, uint32_t index, int n) except -1
+    @cython.locals(each=int, parts=int, iov=cython.p_char, i=int, index=uint32_t, got=Py_ssize_t, length=int, address=uint64_t, extras=int)
+    cdef Py_ssize_t read(self, int fd, int spare) except? -4095
+    @cython.locals(done=int, part=int, i=int, source=uint64_t)
+    cdef int move_up(self, int length, int parts, int spare, int extras, int each) except -1
+    @cython.locals(n=int)
+    cdef int extras_of(self) except -1
+    cdef bint usual(self) except -1
+    @cython.locals(kind=int)
+    cdef int gso_of(self) except -1
+    cdef int wanted(self, uint64_t start) except -1
+    @cython.locals(flags=int, each=int, left=int, part=int, i=int, kind=int)
+    cdef int finish(self, int length, int parts, int extras) except -1
+    cdef int extra(self, int kind, int flags, int value, int type) except -1
+    cdef int answer(self, int flags, int size, int status) except -1
+    @cython.locals(at=Py_ssize_t)
+    cdef int give(self) except -1
+    @cython.locals(new=uint32_t, old=uint32_t, event=uint32_t)
+    cpdef bint push(self) except -1
+    cpdef bint arm(self) except -1
+    cpdef bint pending(self) except -1
