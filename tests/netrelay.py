@@ -1,6 +1,6 @@
-"""A guest whose network stack is this kernel's, in a second namespace: a TAP there is bound to the soft guest's netfront.
+"""A guest whose network stack is this kernel's, in a second namespace: a TAP there is the soft guest's netfront's.
 
-So both ends of netback are real stacks, with their checksum and segmentation offloads; only the ring's frontend is ours.
+So both ends of netback are real stacks, with their checksum and segmentation offloads; only the frontend is ours.
 """
 
 from __future__ import annotations

@@ -164,10 +164,10 @@ FATAL: dict[str, tuple[Callable[[Queue], None], str]] = {
     "gso of type 0": (lambda q: q.put(slots(q, GOOD, [60]), 60, 0, [gso(1400, 0)]), "tx: segmentation of type 0"),
     "gso of type 3": (lambda q: q.put(slots(q, GOOD, [60]), 60, 0, [gso(1400, 3)]), "tx: segmentation of type 3"),
     "tx index one too far": (lambda q: q.tx._area.store(0, q.tx.req_prod + 257), "tx ring: request index jumped"),
-    "tx index behind": (lambda q: q.tx._area.store(0, q.tx.req_prod - 1), "tx ring: request index jumped"),
+    "tx index behind": (lambda q: q.tx._area.store(0, q.tx.req_prod - 1 & 0xFFFFFFFF), "tx ring: request index jumped"),
     "tx index half around": (lambda q: q.tx._area.store(0, q.tx.req_prod ^ 1 << 31), "tx ring: request index jumped"),
     "rx index one too far": (lambda q: q.rx._area.store(0, q.rx.rsp_cons + 257), "rx ring: request index jumped"),
-    "rx index behind": (lambda q: q.rx._area.store(0, q.rx.rsp_cons - 1), "rx ring: request index jumped"),
+    "rx index behind": (lambda q: q.rx._area.store(0, q.rx.rsp_cons - 1 & 0xFFFFFFFF), "rx ring: request index jumped"),
 }
 
 
@@ -291,14 +291,20 @@ async def test_a_thread_rewrites_requests_and_headers_while_they_are_read() -> N
             flipper = threading.Thread(target=flip)
             flipper.start()
             data = udp(way, payload(3, 900), blank=True)
+            answers = 0
             try:
-                for _ in range(scaled(20000, least=500)):
-                    queue.send(Frame(data, csum_blank=True))
+                for number in range(scaled(20000, least=500)):
+                    page = number % 256
+                    queue.tx_views[page][: len(data)] = data
+                    while not queue.tx.free:  # what an answer says is flipped, too: they are only counted
+                        answers += len(queue.tx.responses(256))
+                    queue.put([(page, 0, 0, len(data))], len(data), TxFlag.CSUM_BLANK)
                     queue.push()
+                while answers < scaled(20000, least=500):
+                    answers += len(queue.tx.responses(256))
             finally:
                 stop.set()
                 flipper.join()
-            queue.flush()
 
         await guest(here, body)
         stats = device.stats()
@@ -394,8 +400,6 @@ async def test_a_frontend_that_never_kicks_for_its_receive_slots() -> None:
         def body(front: Netfront, queue: Queue, sock: socket.socket) -> None:
             for number in range(5):
                 sock.sendto(payload(number, 300), (GUEST4, 7000))
-            slot_page = queue.rx.req_prod & 255
-            assert slot_page == 0
             while queue.rx.free > 200:
                 slot = queue.rx.req_prod & 255
                 queue.rx.request(RX_REQUEST.pack(slot, 0, queue.rx_grefs[slot]))
@@ -485,7 +489,8 @@ async def test_a_wrong_handshake(nodes: dict[str, str], line: str, caplog: pytes
                 bad.connect()
             bad.bus.switch(6)  # type: ignore[arg-type]
             bad.bus.wait_backend(6)  # type: ignore[arg-type]
-            here.host.store.rm(f"{bad.bus.path}/multi-queue-num-queues") if "multi" in line else None
+            for name in nodes:
+                here.host.store.rm(f"{bad.bus.path}/{name}")
             bad.release()
             good = here.front()
             good.connect()
