@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from evtchnd.guest.netfront import Netfront
@@ -134,8 +134,11 @@ async def world(*, mib: int = 32, frames: int = 16) -> AsyncIterator[World]:
                         os.close(fd)
                 assert host.grants.pinned == 0
                 assert host.bound == []
-    finally:
-        vm.close()
+    except BaseException:
+        with suppress(RuntimeError):  # the guest's views are alive: the first error is the one to see
+            vm.close()
+        raise
+    vm.close()
     for _ in range(100):  # uvloop closes a socket some turns later
         if open_fds() == before:
             break
