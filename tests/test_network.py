@@ -237,7 +237,7 @@ def test_vifs_of_the_config(tmp_path: Path) -> None:
                 with answering(card):
                     far.ping(GUEST, 3)
                 assert vif(it)["queues"] == 1
-                # the domain ends with its vif connected
+                card.disconnect()
             until(lambda: here.link("vif7.0") == "", "its host's end goes along")
             assert it.end() == 0
             assert re.search(r"error domain 7: vif 1: not attached: .*bridge br9 is not there", it.said)

@@ -60,6 +60,7 @@ class Rings:
     def from_params(cls, params: Mapping[str, Any]) -> Rings:
         ctrl = params["ctrl"]
         plain = {**params, "queues": tuple(Queue(**queue) for queue in params["queues"])}
+        plain.pop("groups", None)  # the vif's own, beside the rings
         return cls(**{**plain, "ctrl": tuple(ctrl) if ctrl else None})
 
 
