@@ -272,6 +272,7 @@ async def test_one_that_is_deleted_is_made_again(there: Namespace) -> None:
     async with Held(there, "bridge=br0,mtu=1300") as held:
         for round in (1, 2, 3):
             first = held.port.index
+            await asyncio.sleep(0.2)  # the news of its making is over
             there.ip("link del vif7.0")
             await come(lambda round=round: held.owner.again == round and held.port.state == "up", "again")
             assert held.port.index != first
