@@ -139,7 +139,7 @@ def _open_queue(name: str) -> int:
         hint = {
             errno.ENOENT: " (modprobe tun)",
             errno.ENODEV: " (modprobe tun)",
-            errno.EACCES: f" ({_DROP_IN} allows it)",
+            errno.EACCES: f" (its mode is not 0666, as udev makes it, for user {os.geteuid()})",
             errno.EPERM: f" ({_DROP_IN} allows it)",
         }.get(exc.errno or 0, "")
         raise OperatorError(f"{TUN}: {exc.strerror}{hint}", exc.errno or errno.EIO) from None

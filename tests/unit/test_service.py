@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from unit.private import PrivateSystemd, why_not
+from unit.render import SOURCE
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(300)]
 
@@ -225,3 +226,29 @@ def test_a_guest_is_served_within_the_sandbox(systemd: PrivateSystemd) -> None:
     systemd.run("journalctl", "--sync")
     # io_uring, and the control plane's copy of it (pidfd_getfd), pass the filter
     assert "served by threads" not in systemd.run("journalctl", "--no-pager", "-o", "cat")
+
+
+@pytest.mark.parametrize("capability", [True, False], ids=["made by the service", "made for its user"])
+def test_a_vif_within_the_sandbox(systemd: PrivateSystemd, capability: bool) -> None:
+    """With the drop-in a TAP is made and wired; without its capability one of the service's user is taken as it is."""
+    text = (SOURCE / "evtchnd.service.d/tap.conf").read_text()
+    name = f"evtunit{os.getpid() % 10**6}"
+    if not capability:
+        text = "\n".join(line for line in text.splitlines() if "CAP_NET_ADMIN" not in line)
+    # as udev makes it, whatever this machine has
+    systemd.run("bash", "-c", "rm -f /run/tun; mknod -m 666 /run/tun c 10 200")
+    dropin(systemd, f"{text}\nBindPaths=/run/tun:/dev/net/tun\n")
+    systemd.run("systemctl", "start", SERVICE)
+    attach = ["network-attach", "7", f"script=none,vifname={name}", "-o", "json"]
+    guest = (Path(__file__).parent / "network.py").read_text().replace('["--help"]', repr(attach))
+    try:
+        if not capability:
+            refused = systemd.python(guest)
+            assert f"{name}: Operation not permitted (a TAP is made with CAP_NET_ADMIN, which" in refused
+            command = re.search(r"without it: (ip tuntap add .*)\)", refused)
+            assert command is not None
+            systemd.run(*command[1].split())
+            systemd.run("ip", "link", "set", name, "up")
+        assert systemd.python(guest) == "connected"
+    finally:
+        systemd.run("ip", "link", "del", name, check=False)
