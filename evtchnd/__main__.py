@@ -155,7 +155,7 @@ def capabilities() -> dict[str, Any]:
         "type": "xen-backends",
         "version": version(),
         "features": sorted(_core_features()),
-        "devices": ["console", "vbd"],
+        "devices": ["console", "vbd", "vif"],
         "disk-formats": ["raw"],
         "protocol": {
             "version": protocol.VERSION,
@@ -172,7 +172,8 @@ def _core_features() -> list[str]:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="evtchnd", description="Serves Xen guests on Linux KVM: event channels, XenStore, PV block, consoles."
+        prog="evtchnd",
+        description="Serves Xen guests on Linux KVM: event channels, XenStore, PV block and network, consoles.",
     )
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help=f"TOML file, and FILE.d/*.toml ({configuration.DEFAULT_PATH})")

@@ -188,7 +188,7 @@ def test_capabilities_are_json() -> None:
     done = run("evtchnd", "--print-capabilities")
     said = json.loads(done.stdout)
     assert done.returncode == 0
-    assert (said["type"], said["devices"], said["disk-formats"]) == ("xen-backends", ["console", "vbd"], ["raw"])
+    assert (said["type"], said["devices"], said["disk-formats"]) == ("xen-backends", ["console", "vbd", "vif"], ["raw"])
     assert said["protocol"]["version"] == 1
     assert said["operator-interfaces"] == ["io.evtchnd"]
 
@@ -426,7 +426,7 @@ def test_the_command_starts_without_the_daemons_imports() -> None:
         check=True,
     )
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "evtchnd.diskspec" in imported
+    assert {"evtchnd.diskspec", "evtchnd.vifspec"} <= imported
     assert not imported & {
         "asyncio",
         "uvloop",

@@ -124,6 +124,8 @@ def test_a_guest_on_a_bridge_from_first_to_last(daemon: Running) -> None:
             assert head.split()[:5] == ["Devid", "MAC", "State", "Link", "Carrier"]
             assert line.split()[:5] == ["0", MAC, "connected", "up", "up"]
             assert line.endswith("vif7.0 on br0")
+            assert f"vif 0 vif7.0 connected up {MAC}\n" in ctl(daemon.folder, "info", "7").stdout
+            assert said(daemon, "info", "7")["domain"]["devices"] == 1
 
             # live changes
             slow = ctl(daemon.folder, "network-set", "7", "vif7.0", "--rate", "10Mb/s")

@@ -73,6 +73,12 @@ def _info(args: Asked) -> None:
         print(f"\nconsole {row['devid']} {row['tty'] or 'no pty'} {row['state']} {row['log']}".rstrip())
         for name, count in row["counters"].items():
             print(f"  {name:24} {count:>14}")
+    for vif in reply["vifs"]:
+        print(
+            f"\nvif {vif['devid']} {vif['vifname']} {_state(vif)} {vif['link']} {vif['mac']} {vif['reason']}".rstrip()
+        )
+        for name, count in vif["counters"].items():
+            print(f"  {name:24} {count:>14}")
     for device in reply["devices"]:
         access = "ro" if device["readonly"] else "rw"
         print(f"\n{device['kind']} {device['devid']} {device['vdev']} {_state(device)} {access} {device['target']}")

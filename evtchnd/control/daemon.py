@@ -261,7 +261,9 @@ class Daemon:
     async def vifs(self, domid: int) -> List[dict[str, Any]]:
         """One object a vif: control/vif.py's Vif.described(), "state" (xenbus) and "counters" {name: int}."""
         domain = self._domain(domid)
-        counters = await domain.supervisor.counters()
+        return self._vifs(domain, await domain.supervisor.counters())
+
+    def _vifs(self, domain: Domain, counters: Mapping[int, Mapping[str, int]]) -> List[dict[str, Any]]:
         return [
             {
                 **each.described(),
@@ -279,7 +281,7 @@ class Daemon:
         """As in list(), and "slots", "grant_frames", "ports", "vmm_pid", "worker" {"pid", "restarts"} and
         "devices": [{"kind", "devid", "vdev", "target", "readonly", "state" (xenbus), "counters" {name: int}, and of a
         disk "sectors" (of 512 bytes), "sector_size" (bytes), "cache" ("writeback", "none")}]
-        and "consoles": [{"devid", "tty", "log", "state", "counters"}].
+        and "consoles": [{"devid", "tty", "log", "state", "counters"}], and "vifs" as in vifs().
         """
         domain = self._domain(domid)
         counters = await domain.supervisor.counters()
@@ -290,6 +292,7 @@ class Daemon:
             "ports": len(domain.ports),
             "vmm_pid": self._domains[domid][1].peer.pid if domid in self._domains else 0,
             "worker": {"pid": domain.supervisor.pid or 0, "restarts": domain.supervisor.restarts},
+            "vifs": self._vifs(domain, counters),
             "devices": [
                 {
                     "kind": each.kind,
@@ -495,5 +498,5 @@ def _summary(domain: Domain) -> dict[str, Any]:
         "state": domain.state,
         "memory": domain.memory_bytes,
         "vcpus": domain.vcpus,
-        "devices": len(domain.disks),
+        "devices": len(domain.disks) + len(domain.vifs.by_key),
     }

@@ -117,6 +117,7 @@ class InfoReply(Struct, frozen=True):
     worker: Worker
     devices: list[Device]
     consoles: list[Console]
+    vifs: list[Vif]
 
 
 class BlockAttachCall(Struct, frozen=True, forbid_unknown_fields=True):
@@ -273,8 +274,9 @@ class Operator:
 
     async def _info(self, call: InfoCall) -> InfoReply:
         info = await self._daemon.info(call.domid)
-        # `devices` is the list here and its length in the domain
-        return _reply(InfoReply, {**info, "domain": {**info, "devices": len(info["devices"])}})
+        # `devices` is a list here and a count in the domain
+        count = len(info["devices"]) + len(info["vifs"])
+        return _reply(InfoReply, {**info, "domain": {**info, "devices": count}})
 
     async def _block_attach(self, call: BlockAttachCall) -> BlockAttachReply:
         spec = diskspec.parse(call.disk)
