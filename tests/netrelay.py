@@ -78,7 +78,7 @@ class Relay:
             self._out()
 
     def _out(self) -> None:
-        """From the stack: one queue by the flow's port, as a guest's stack spreads its flows."""
+        """From the stack: a queue by the port it goes to, as a guest's stack spreads its flows."""
         for _ in range(64):
             try:
                 data = os.read(self.tap, 70000)
@@ -95,7 +95,8 @@ class Relay:
 
     def _queue(self, frame: bytes) -> Queue:
         queues = self.front.queues
-        return queues[(sum(frame[34:38]) if len(frame) > 38 else 0) % len(queues)]
+        port = 56 if frame[12:14] == b"\x86\xdd" else 36
+        return queues[int.from_bytes(frame[port : port + 2], "big") % len(queues)]
 
     def _in(self, frame: Frame) -> None:
         """To the stack. What netif does not carry, where the checksum belongs, a frontend finds in the headers."""

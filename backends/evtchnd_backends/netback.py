@@ -36,7 +36,8 @@ async def run(device: VifDevice) -> None:
     vif: Vif | None = None
     totals: Counter[str] = Counter()
     tap = check(device, device.taps)
-    tap.carrier(on=False)
+    if device.connected is None:
+        tap.carrier(on=False)  # else it is up: a worker that is replaced shall not be seen
 
     def stats() -> Mapping[str, int]:
         now = Counter(totals)
@@ -155,7 +156,7 @@ async def run(device: VifDevice) -> None:
         finally:
             follower.cancel()
             if vif is not None:
-                await vif.close()
+                await vif.close(final=True)
 
 
 def features(device: VifDevice) -> dict[str, str]:

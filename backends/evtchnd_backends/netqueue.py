@@ -129,26 +129,32 @@ class Queue:
         due = False
         for _ in range(4):
             tx.credit = vif.rate.left()
-            tx.run(vif.fd(self.number), BATCH)
+            fd = vif.fd(self.number)
+            tx.run(fd, BATCH)
             vif.rate.spent(tx.credit)
             due = tx.push() or due
             if tx.tap_error:
-                vif.tap_failed(tx.tap_error)
+                if fd >= 0:
+                    vif.tap_failed(tx.tap_error)
                 tx.tap_error = 0
             if tx.stopped == NO_CREDIT:
-                self._out_of_credit = self._loop.call_later(vif.rate.wait(), self._credit)
+                self._out_of_credit = self._loop.call_later(vif.rate.wait(), self.go_on)
                 break
             if tx.stopped == TAP_FULL:
-                self._writing = vif.fd(self.number)
+                self._writing = fd
                 self._loop.add_writer(self._writing, self._writable)
                 break
             if not tx.pending():
                 break
         return due
 
-    def _credit(self) -> None:
-        self._out_of_credit = None
-        self.channels[0].step()
+    def go_on(self) -> None:
+        """There is credit again, or another limit."""
+        if self._out_of_credit is not None:
+            self._out_of_credit.cancel()
+            self._out_of_credit = None
+        if self._pumps:
+            self.channels[0].step()
 
     def _writable(self) -> None:
         self._loop.remove_writer(self._writing)

@@ -143,6 +143,7 @@ class Vif:
             if not queue.rx.gso:
                 queue.rx.most_bytes = queue.frame(gso=False)
             queue.read()
+            queue.go_on()
         self._link()
 
     def retap(self, tap: Tap) -> None:
@@ -181,11 +182,14 @@ class Vif:
             "carrier": int(self._device.vif.carrier and not self._gone),
         }
 
-    async def close(self) -> None:
-        """Takes nothing more, gives ports and pages back. Nothing is in flight."""
+    async def close(self, *, final: bool = False) -> None:
+        """Takes nothing more, gives ports and pages back. Nothing is in flight.
+
+        final: the device or the worker ends; the next worker finds the carrier as it is.
+        """
         for queue in self._queues:
             queue.stop()
-        if not self._gone:
+        if not self._gone and not final:
             self.tap.carrier(on=False)
         await self._device.unbind([channel for queue in self._queues for channel in queue.channels])
         for queue in self._queues:
