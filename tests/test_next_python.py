@@ -1,4 +1,4 @@
-"""The core's tests on trixie's own Python, in a chroot of the lab's tree: newer, and no compiled module for it. Root."""
+"""The core's tests on trixie's own Python, in a chroot of the lab's tree: no compiled module for it. Root."""
 
 from __future__ import annotations
 

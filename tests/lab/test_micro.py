@@ -48,8 +48,10 @@ def ext4(folder: Path) -> Path:
 @pytest.fixture
 def no_warning_of_the_kernel() -> Iterator[None]:
     """The lab's own kernel has nothing to complain about; what it says once a boot, it says again."""
-    subprocess.run("mountpoint -q /sys/kernel/debug || mount -t debugfs debug /sys/kernel/debug", shell=True, check=True)
-    Path("/sys/kernel/debug/clear_warn_once").write_text("1")
+    debug = Path("/sys/kernel/debug")
+    if not debug.is_mount():
+        subprocess.run(["mount", "-t", "debugfs", "debug", debug], check=True)
+    (debug / "clear_warn_once").write_text("1")
 
     def warnings() -> list[str]:
         said = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
