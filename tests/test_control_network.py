@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -86,6 +87,14 @@ def _open(fd: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
+def socket_in(there: Namespace, groups: int) -> socket.socket:
+    place = tap.open_namespace(there.name)
+    try:
+        return tap.netlink_socket(place, groups)
+    finally:
+        os.close(place)
+
+
 async def come(ready: Callable[[], object], what: str) -> None:
     async with asyncio.timeout(20):
         while not ready():
@@ -97,7 +106,7 @@ async def come(ready: Callable[[], object], what: str) -> None:
 
 
 async def test_requests_of_pyroute2_on_this_loop(there: Namespace) -> None:
-    asked = netlink.Netlink(tap.netlink_socket(there.name, 0))
+    asked = netlink.Netlink(socket_in(there, 0))
     try:
         lo = await asked.link_named("lo")
         assert lo is not None
@@ -124,7 +133,7 @@ async def test_requests_of_pyroute2_on_this_loop(there: Namespace) -> None:
 async def test_an_answer_that_does_not_come_is_not_waited_for(
     there: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = netlink.Netlink(tap.netlink_socket(there.name, 0))
+    asked = netlink.Netlink(socket_in(there, 0))
     monkeypatch.setattr(asked, "enqueue", lambda data, addr: None)
     try:
         with pytest.raises(OperatorError, match="netlink does not answer"):
@@ -136,7 +145,7 @@ async def test_an_answer_that_does_not_come_is_not_waited_for(
 async def test_news_of_links_and_of_news_that_is_lost(there: Namespace) -> None:
     news: list[netlink.Link] = []
     missed: list[int] = []
-    sock = tap.netlink_socket(there.name, netlink.LINKS)
+    sock = socket_in(there, netlink.LINKS)
     links = netlink.Links(sock, news.append, lambda: missed.append(1))
     try:
         there.ip("link add br0 type bridge")
@@ -237,6 +246,28 @@ async def test_somebody_elses_tap_is_taken_as_it_is(there: Namespace) -> None:
         assert "fe:00:00:00:00:01" in there.link("tap0")
         assert "alias mine" in there.link("tap0")
     assert "tap0" in there.link("tap0")
+
+
+async def test_a_name_may_be_another_namespaces_tomorrow(tmp_path: Path) -> None:
+    """`ip netns del X; ip netns add X`, while a vif is in the first: each has its own."""
+    network = Network()
+    held: list[Port] = []
+    name = tmp_path / "net"
+    with namespace() as first, namespace() as second:
+        for there in (first, second):
+            there.bridge("br0")
+            name.unlink(missing_ok=True)
+            name.symlink_to(there.name)
+            held.append(Port("a vif", "vif7.0", 1, vifspec.parse(f"bridge=br0,netns={name}"), Owner()))
+            held[-1].owner.fds = await network.open(held[-1])  # type: ignore[attr-defined]
+        for port, there in zip(held, (first, second), strict=True):
+            assert "master br0" in there.link("vif7.0")
+            there.ip("link set vif7.0 down")
+            await come(lambda port=port: port.state == "down", "its own news")
+        for port in held:
+            await network.close(port)
+            transport.close_all(port.owner.fds)  # type: ignore[attr-defined]
+        assert not network._namespaces
 
 
 def test_without_the_capability_one_line_says_what_to_do() -> None:

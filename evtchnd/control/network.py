@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,6 +59,7 @@ class Port:
         self.bridge = 0
         self.up = False
         self.owner = owner
+        self.namespace: _Namespace | None = None
         self._wrong = ""
         self.changed = asyncio.Event()
         self.keeper: asyncio.Task[None] | None = None
@@ -112,16 +115,18 @@ class Network:
     """All ports of this host."""
 
     def __init__(self) -> None:
-        self._namespaces: dict[str, _Namespace] = {}
+        # by device and inode: a name may be another namespace's tomorrow
+        self._namespaces: dict[tuple[int, int], _Namespace] = {}
         self._opening = asyncio.Lock()
 
     async def open(self, port: Port) -> list[int]:
         """Makes the port's TAP, wires it, and watches it from then on. Returns its queues. OperatorError."""
         namespace = await self._namespace(port.spec.netns)
         if any(other.name == port.name for other in namespace.ports):
-            await self._leave(namespace)
+            self._leave(namespace)
             raise OperatorError(f"{port.name}: another vif has it")
         namespace.ports.append(port)  # its name is taken, its news comes
+        port.namespace = namespace
         try:
             fds = await namespace.open(port)
         except BaseException:
@@ -136,32 +141,62 @@ class Network:
         if keeper is not None:
             keeper.cancel()
             await asyncio.wait([keeper])
-        namespace = self._namespaces.get(port.spec.netns)
-        if namespace is not None and port in namespace.ports:
+        namespace, port.namespace = port.namespace, None
+        if namespace is not None:
             namespace.ports.remove(port)
-            await self._leave(namespace)
+            self._leave(namespace)
 
     async def _namespace(self, netns: str) -> _Namespace:
         async with self._opening:
-            if netns not in self._namespaces:
-                netlink, links = await beside(lambda: _sockets(netns), _close_sockets)
-                self._namespaces[netns] = _Namespace(netns, netlink, links)
-            return self._namespaces[netns]
+            opened = await beside(lambda: _Sockets(netns), _Sockets.close)
+            found = self._namespaces.get(opened.which)
+            if found is not None:
+                opened.close()
+                return found
+            made = self._namespaces[opened.which] = _Namespace(opened)
+            return made
 
-    async def _leave(self, namespace: _Namespace) -> None:
+    def _leave(self, namespace: _Namespace) -> None:
         """Lets a namespace go that no port is in: it would be kept from ending by its sockets."""
-        if not namespace.ports and self._namespaces.get(namespace.netns) is namespace:
-            del self._namespaces[namespace.netns]
+        if not namespace.ports and self._namespaces.get(namespace.which) is namespace:
+            del self._namespaces[namespace.which]
             namespace.close()
+
+
+class _Sockets:
+    """A namespace's descriptor (-1: this process' own), and its sockets for requests and for news. OperatorError."""
+
+    def __init__(self, netns: str) -> None:
+        from evtchnd.control import netlink
+
+        self.place = tap.open_namespace(netns)
+        self.sockets: list[socket.socket] = []
+        try:
+            status = os.stat("/proc/thread-self/ns/net") if self.place < 0 else os.fstat(self.place)
+            self.which = status.st_dev, status.st_ino
+            self.sockets.append(tap.netlink_socket(self.place, 0))
+            self.sockets.append(tap.netlink_socket(self.place, netlink.LINKS))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        if self.place >= 0:
+            os.close(self.place)
+            self.place = -1
 
 
 class _Namespace:
     """One network namespace with ports of ours."""
 
-    def __init__(self, netns: str, requests: Any, news: Any) -> None:
+    def __init__(self, opened: _Sockets) -> None:
         from evtchnd.control import netlink
 
-        self.netns = netns
+        self.which = opened.which
+        self._opened = opened
+        requests, news = opened.sockets
         self.ports: list[Port] = []
         self._netlink: Netlink = netlink.Netlink(requests)
         self._links: Links = netlink.Links(news, self._news, self._missed)
@@ -173,13 +208,14 @@ class _Namespace:
             self._looking.cancel()
         self._links.close()
         self._netlink.close()
+        self._opened.close()
 
     # ---- a port
 
     async def open(self, port: Port) -> list[int]:
         """Opens and wires the TAP. OperatorError: it is closed again."""
         opened = await beside(
-            lambda: tap.open_tap(port.name, port.queues, self.netns), lambda late: transport.close_all(late.fds)
+            lambda: tap.open_tap(port.name, port.queues, self._opened.place), lambda late: transport.close_all(late.fds)
         )
         try:
             port.made = opened.made
@@ -289,19 +325,3 @@ class _Namespace:
                     if bridge is None or bridge.index != port.bridge:
                         port.bridge = 0
                 port.changed.set()
-
-
-def _sockets(netns: str) -> tuple[Any, Any]:
-    from evtchnd.control import netlink
-
-    requests = tap.netlink_socket(netns, 0)
-    try:
-        return requests, tap.netlink_socket(netns, netlink.LINKS)
-    except BaseException:
-        requests.close()
-        raise
-
-
-def _close_sockets(late: tuple[Any, Any]) -> None:
-    for sock in late:
-        sock.close()

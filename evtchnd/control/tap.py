@@ -45,9 +45,9 @@ class Tap:
     made: bool
 
 
-def open_tap(name: str, queues: int, netns: str = "") -> Tap:
+def open_tap(name: str, queues: int, place: int = -1) -> Tap:
     """Opens `queues` queues of the TAP `name`, which is made unless it is there. OperatorError says what to do."""
-    with entered(netns):
+    with entered(place):
         there = _is_there(name)
         fds: list[int] = []
         try:
@@ -65,9 +65,9 @@ def open_tap(name: str, queues: int, netns: str = "") -> Tap:
             raise
 
 
-def netlink_socket(netns: str, groups: int) -> socket.socket:
+def netlink_socket(place: int, groups: int) -> socket.socket:
     """A route netlink socket of a namespace, in the multicast `groups` (a mask of RTMGRP_*). OperatorError."""
-    with entered(netns):
+    with entered(place):
         sock = None
         try:
             sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
@@ -80,35 +80,35 @@ def netlink_socket(netns: str, groups: int) -> socket.socket:
         return sock
 
 
-@contextmanager
-def entered(netns: str) -> Iterator[None]:
-    """This thread in another network namespace, "": where it is. OperatorError where that cannot be."""
+def open_namespace(netns: str) -> int:
+    """A descriptor of a network namespace by its name or path; -1 of "", this process' own. OperatorError."""
     if not netns:
+        return -1
+    try:
+        return os.open(_NAMED / netns, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise OperatorError(f"netns {netns}: {exc.strerror} (ip netns list)", exc.errno or errno.EIO) from None
+
+
+@contextmanager
+def entered(place: int) -> Iterator[None]:
+    """This thread in another network namespace, -1: where it is. OperatorError where that cannot be."""
+    if place < 0:
         yield
         return
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _enter(netns)
+        try:
+            _setns(place)
+        except OSError as exc:
+            hint = " (it takes CAP_SYS_ADMIN)" if exc.errno == errno.EPERM else ""
+            raise OperatorError(f"netns: it cannot be entered: {exc.strerror}{hint}", exc.errno or errno.EIO) from None
         try:
             yield
         finally:
             _setns(own)
     finally:
         os.close(own)
-
-
-def _enter(netns: str) -> None:
-    try:
-        there = os.open(_NAMED / netns, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise OperatorError(f"netns {netns}: {exc.strerror} (ip netns list)", exc.errno or errno.EIO) from None
-    try:
-        _setns(there)
-    except OSError as exc:
-        hint = " (entering one takes CAP_SYS_ADMIN)" if exc.errno == errno.EPERM else ""
-        raise OperatorError(f"netns {netns}: {exc.strerror}{hint}", exc.errno or errno.EIO) from None
-    finally:
-        os.close(there)
 
 
 def _setns(fd: int) -> None:
