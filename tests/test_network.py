@@ -177,7 +177,7 @@ def test_a_tap_that_is_deleted_under_traffic(daemon: Running) -> None:
 
 
 def test_a_deleted_tap_costs_no_cpu(daemon: Running) -> None:
-    """Somebody else's TAP: it is waited for, and whoever polled it would be told POLLERR for ever."""
+    """Somebody else's TAP, which is waited for: POLLERR for ever, for whoever polled it."""
     with namespace() as here, soft_guest(daemon) as (domain, store):
         make = "tuntap add dev tap0 mode tap multi_queue vnet_hdr"
         here.ip(make)

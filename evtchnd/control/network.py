@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 # Whoever makes a bridge or a TAP anew takes a few steps; and who deletes one again and again costs one a second.
 _PAUSE_S, _PAUSE_MOST_S = 1.0, 30.0
 _DEFAULT_MTU = 1500
+# A port of a bridge has no address, also none that IPv6 makes up: IN6_ADDR_GEN_MODE_NONE
+_NO_LINK_LOCAL = {"attrs": [["AF_INET6", {"attrs": [["IFLA_INET6_ADDR_GEN_MODE", 1]]}]]}
 # rt_scope_t: a route to a neighbour
 _RT_SCOPE_LINK = 253
 
@@ -246,6 +248,8 @@ class _Namespace:
         if bridge is not None and port.made:
             # the guest's with a first byte that no bridge takes for its own (it takes the lowest)
             wanted["address"] = f"fe{spec.mac[2:]}"
+            with suppress(OperatorError):  # a kernel without IPv6
+                await self._netlink.ask(name, self._netlink.link("set", index=index, IFLA_AF_SPEC=_NO_LINK_LOCAL))
         for key, value in wanted.items():
             what = f"{name}: {key} {value}" if key != "master" else f"{name}: bridge {spec.bridge}"
             await self._netlink.ask(what, self._netlink.link("set", index=index, **{key: value}))
