@@ -119,6 +119,9 @@ def test_each_fault_names_the_file_that_said_it(file: Path) -> None:
             "[[domains]]\ndomid=1\ndisks=['/a,raw,xvda', '/b,raw,51712']",
             "domains[0].disks[1]: vdev 51712 is taken by disks[0]",
         ),
+        ("[[domains]]\ndomid=1\nvifs=['bridge=br0', 'brigde=br1']", "domains[0].vifs[1]: 'brigde' is no key of a vif"),
+        ("[[domains]]\ndomid=1\nvifs=['devid=1', '']", "domains[0].vifs[1]: devid 1 is taken by vifs[0]"),
+        ("[vif]\nmax_queues=0", "vif.max_queues: expected int >= 1"),
         ("a=1\nb=\n", "evtchnd.toml:2: Invalid value"),
         ("a='\n", "evtchnd.toml:1: "),
     ],
@@ -139,6 +142,13 @@ def test_a_file_that_cannot_be_read_is_named(file: Path) -> None:
 def test_a_wall_of_faults_ends(file: Path) -> None:
     file.write_text("".join(f"k{number}=1\n" for number in range(1000)))
     assert len(faults(file)) == 20
+
+
+def test_vifs_of_a_domain_have_the_numbers_of_their_places(file: Path) -> None:
+    file.write_text("[[domains]]\ndomid=7\nvifs=['bridge=br0', 'devid=5,rate=1MB/s', '']\n")
+    assert [(spec.devid, spec.bridge) for spec in load(file).domains[0].vif_specs] == [
+        *((0, "br0"), (5, "xenbr0"), (2, "xenbr0")),
+    ]
 
 
 def test_disks_of_a_domain_are_read(file: Path) -> None:
