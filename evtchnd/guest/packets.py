@@ -45,7 +45,7 @@ def checksum(data: bytes, start: int = 0) -> int:
     """RFC 1071's sum, not inverted, folded to 16 bits."""
     if len(data) % 2:
         data += b"\0"
-    total = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total
