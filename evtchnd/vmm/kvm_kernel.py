@@ -19,15 +19,24 @@ from evtchnd.vmm.settings import Route
 
 
 class _Irqs:
-    """The irqfds that are set, by gsi."""
+    """The irqfds that are set, by gsi; KVM has them while it listens."""
 
     def __init__(self, vm_fd: int) -> None:
         self._vm_fd = vm_fd
         self._fds: dict[int, tuple[Route, int]] = {}
+        self._listens = True
 
     def set(self, route: Route, fd: int) -> None:
-        irqfd(self._vm_fd, fd, route.gsi)
+        if self._listens:
+            irqfd(self._vm_fd, fd, route.gsi)
         self._fds[route.gsi] = (route, fd)
+
+    def listen(self, on: bool) -> None:
+        """What an eventfd counts meanwhile is raised when KVM listens again."""
+        if on is not self._listens:
+            self._listens = on
+            for route, fd in self._fds.values():
+                irqfd(self._vm_fd, fd, route.gsi, assign=on)
 
     def clear(self, route: Route, fd: int) -> None:
         irqfd(self._vm_fd, fd, route.gsi, assign=False)
@@ -37,7 +46,7 @@ class _Irqs:
         """Takes the irqfd away, so that somebody else reads the eventfd. KVM takes its end twice."""
         for route, fd in self._fds.values():
             if route.port == port:
-                irqfd(self._vm_fd, fd, route.gsi, assign=False)
+                self.clear(route, fd)
                 return True
         return False
 
@@ -98,6 +107,10 @@ class KvmKernel:
 
     def clear_irq(self, route: Route, fd: int) -> None:
         self._irqs.clear(route, fd)
+
+    def listen(self, on: bool) -> None:
+        """Whether eventfds raise events: not before there is a shared_info, for which KVM would log a warning."""
+        self._irqs.listen(on)
 
     # ---- events ------------------------------------------------------------------------------------------------
 

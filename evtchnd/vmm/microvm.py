@@ -157,6 +157,7 @@ class MicroVm:
             vcpu.xen.set_id(vcpu.number)
         self._bits = EventBits(long_mode=True)
         self._kernel = KvmKernel(xen, [vcpu.xen for vcpu in self.vcpus], range(guest.vcpus), self._bits)
+        self._kernel.listen(False)  # until there is a shared_info
         self.channels.kernel = self._kernel
         self._frames = GrantFrames(grants, self._ram, self.physmap, self._frame_moved)
         self._memory_op = MemoryOp(

@@ -57,6 +57,7 @@ class SharedInfoPage:
                     self._kernel.register(n, (gfn << PAGE_SHIFT) + n * VCPU_INFO_SIZE)
             if before is not None:
                 self._raise_late(before, content)
+            self._kernel.listen(True)
         return 0
 
     def _raise_late(self, before: int, content: bytes) -> None:
@@ -69,6 +70,7 @@ class SharedInfoPage:
 
     def forget(self) -> None:
         """It is nowhere. With `channels.lock`."""
+        self._kernel.listen(False)
         for n in range(self._vcpus):
             if n not in self._registered:
                 self._kernel.register(n, INVALID_GFN)

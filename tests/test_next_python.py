@@ -1,4 +1,4 @@
-"""The core's tests on trixie's own Python, in a chroot of the lab's tree: newer, and no compiled module for it."""
+"""The core's tests on trixie's own Python, in a chroot of the lab's tree: no compiled module for it. Root."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 
 import pytest
 
-from lab import prepare
+from lab import outside, prepare
 from lab.machine import ROOT
 from scale import SCALE
 
@@ -38,8 +38,9 @@ FRACTION = 0.2
 def test_the_core_on_the_next_python() -> None:
     folder = prepare.cache()
     tree, packages = prepare.tree_of(folder), prepare.packages_of(folder)
-    if not packages.is_dir():
-        pytest.skip(f"no packages for Python {prepare.PYTHON} in {folder}: make lab")
+    if not packages.is_dir() or os.geteuid() != 0:
+        reason = f"no root, or no packages for Python {prepare.PYTHON} in {folder}: make lab"
+        (pytest.fail if outside.required() else pytest.skip)(reason)
     binds = {
         ROOT: tree / "mnt/checkout",
         packages: tree / "mnt/packages",
