@@ -215,7 +215,7 @@ async def test_a_worker_that_dies_is_replaced_and_the_guest_does_not_notice(queu
                 front.queues[0].send(Frame(udp(here.way(), payload(round, 77))))
                 front.queues[0].push()
                 device = here.run(0, device.vif, msgspec.msgpack.decode(msgspec.msgpack.encode(kept)))
-                assert check_payload(await asyncio.to_thread(sock.recv, 2048)) == round
+                assert check_payload(await here.host.guest(lambda: sock.recv(2048))) == round
                 assert here.node("state") == states == "4"
             await here.host.guest(front.disconnect)
         assert here.reported[0] is None

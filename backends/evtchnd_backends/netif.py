@@ -58,10 +58,10 @@ class Rings:
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Rings:
+        plain = {name: value for name, value in params.items() if name in cls.__dataclass_fields__}
+        queues = tuple(Queue(**queue) for queue in params["queues"])
         ctrl = params["ctrl"]
-        plain = {**params, "queues": tuple(Queue(**queue) for queue in params["queues"])}
-        plain.pop("groups", None)  # the vif's own, beside the rings
-        return cls(**{**plain, "ctrl": tuple(ctrl) if ctrl else None})
+        return cls(**{**plain, "queues": queues, "ctrl": tuple(ctrl) if ctrl else None})
 
 
 def features(*, mtu: int, carrier: bool, max_queues: int, ctrl: bool) -> dict[str, str]:
