@@ -227,6 +227,30 @@ def test_a_worker_that_dies_is_not_noticed(tmp_path: Path) -> None:
         card.disconnect()
 
 
+def test_a_guest_that_does_not_let_go(tmp_path: Path) -> None:
+    file = tmp_path / "evtchnd.toml"
+    file.write_text("[limits]\ndetach_s = 0.3\n")
+    with running(tmp_path / "run", "--config", str(file)) as daemon, namespace() as here, soft_guest(daemon) as guest:
+        attach = ["network-attach", "7", f"mac={MAC},script=none,netns={here.name}"]
+        for force in (False, True):
+            said(daemon, *attach)
+            card = Netfront(*guest)
+            card.connect()
+            held = ctl(daemon.folder, "network-detach", "7", "0")
+            assert held.stderr == (
+                "evtchnctl: domain 7: vif 0: the guest did not let it go in 0.3 s: it is removed when the guest does\n"
+            )
+            assert here.link("vif7.0") != ""
+            if force:
+                assert said(daemon, "network-detach", "7", MAC, "--force") == {"devid": 0, "forced": True}
+                card.release()
+            else:
+                card.disconnect()
+            until(lambda: said(daemon, "network-list", "7") == [], "removed")
+            assert here.link("vif7.0") == ""
+            assert not workers(daemon)
+
+
 def test_vifs_of_the_config(tmp_path: Path) -> None:
     with bridged() as (here, far):
         file = tmp_path / "evtchnd.toml"
