@@ -345,6 +345,13 @@ async def test_who_takes_a_port_out_of_its_bridge_is_not_contradicted(there: Nam
         assert "master" not in there.link("vif7.0")
         there.ip("link set vif7.0 master br0")
         await come(lambda: held.port.state == "up", "in")
+        there.bridge("br1")
+        there.ip("link set vif7.0 master br1")
+        there.ip("link del br0")
+        await come(lambda: held.port.state == "br0 is not there", "elsewhere")
+        there.bridge("br0")
+        await asyncio.sleep(0.2)
+        assert "master br1" in there.link("vif7.0")
 
 
 async def test_lost_news_is_looked_up(there: Namespace) -> None:

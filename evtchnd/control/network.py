@@ -297,7 +297,9 @@ class _Namespace:
 
     async def _rejoin(self, port: Port) -> None:
         bridge = await self._netlink.link_named(port.spec.bridge)
-        if bridge is not None:
+        now = await self._netlink.link_of(port.name, port.index)
+        # it may be another bridge's meanwhile, by its operator
+        if bridge is not None and now is not None and now.master in (0, bridge.index):
             await self._wire(port, port.index)
             log.info("%s: %s: is a port of %s again", port.label, port.name, port.spec.bridge)
             port.owner.mtu_changed(port.mtu)
