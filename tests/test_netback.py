@@ -33,7 +33,7 @@ async def test_udp_both_ways(split: bool, ipv6: bool) -> None:
 
             def guest() -> None:
                 front = here.front(split=split)
-                front.connect()
+                here.connect(front)
                 (queue,) = front.queues
                 for number in range(600):
                     blank = number % 2 == 1
@@ -63,7 +63,7 @@ async def test_ping_and_arp_of_the_kernel() -> None:
 
         def guest() -> None:
             front = here.front()
-            front.connect()
+            here.connect(front)
             (queue,) = front.queues
             while not stop.is_set():
                 for frame in queue.receive():
@@ -102,7 +102,7 @@ async def stacks(*, mtu: int = 1500, queues: int = 1, **options: object) -> Asyn
             front = here.front(queues=queues, **options)
             relay = Relay(inside, here.host.vm, front, mtu=mtu)
             relay.neighbours(here.netns.mac(TAP))
-            await here.host.guest(front.connect)
+            await here.host.guest(lambda: here.connect(front))
             relay.start()
             try:
                 yield here, relay
@@ -186,7 +186,7 @@ async def test_a_jumbo_frame_where_a_gso_packet_was_possible() -> None:
 
             def guest() -> None:
                 front = here.front()
-                front.connect()
+                here.connect(front)
                 (queue,) = front.queues
                 for number in range(300):
                     sock.sendto(payload(number, 4030 + 16 * number), (GUEST4, 7000))
@@ -211,7 +211,7 @@ async def test_a_checksum_that_the_guest_would_not_find_is_computed() -> None:
 
             def guest() -> None:
                 front = here.front()
-                front.connect()
+                here.connect(front)
                 (queue,) = front.queues
                 for number, size in enumerate((8, 9, 100, 1471, 4000, 4047, 4048, 4049, 4096, 8191, 8900)):
                     plain = udp(way, payload(number, size), blank=True)
