@@ -13,7 +13,7 @@ import pytest
 from evtchnd._core import COMPILED
 
 ROOT = Path(__file__).parents[1]
-SHARED_TESTS = ["words", "memory", "grants", "ring", "stream", "journal", "blk"]
+SHARED_TESTS = ["words", "memory", "grants", "ring", "stream", "journal", "blk", "netback_hostile"]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ from contextlib import suppress
 
 import pytest
 
+from evtchnd.guest.domain import GuestFault
 from evtchnd.guest.netfront import Frame, Netfront, Queue
 from evtchnd.guest.packets import TCP, check_payload, ip, payload, pseudo, udp
 from evtchnd.netif import RX_REQUEST, TxFlag
@@ -46,7 +47,7 @@ async def guest(here: World, body: Callable[[Netfront, Queue, socket.socket], No
 
         def run() -> None:
             front = here.front(**options)
-            front.connect()
+            here.connect(front)
             body(front, front.queues[0], sock)
             front.disconnect()
 
@@ -185,7 +186,7 @@ async def test_what_no_driver_does_stops_that_vif(
             def run() -> None:
                 bad, other = here.front(0), here.front(1)
                 other.connect()
-                bad.connect()
+                here.connect(bad)
                 queue = bad.queues[0]
                 what(queue)
                 queue.tx.push() if queue.tx.free < 256 else None
@@ -200,7 +201,7 @@ async def test_what_no_driver_does_stops_that_vif(
                 other.queues[0].flush()
                 assert other.queues[0].tx_errors == 1  # its TAP is down: dropped, answered
                 good = here.front(0)
-                good.connect()
+                here.connect(good)
                 good.queues[0].send(Frame(udp(way, payload(1, 100))))
                 good.queues[0].push()
                 assert check_payload(sock.recv(2048)) == 1
@@ -361,7 +362,7 @@ async def test_a_guest_that_takes_nothing_is_flooded(posted: int, caplog: pytest
         async with asyncio.timeout(60):
             with here.udp() as sock:
                 front = here.front(post=0)
-                await here.host.guest(front.connect)
+                await here.host.guest(lambda: here.connect(front))
                 queue = front.queues[0]
                 with caplog.at_level(logging.WARNING):
                     await here.host.guest(lambda: body(front, queue, sock))
@@ -429,7 +430,7 @@ async def test_indices_near_their_end() -> None:
                 before, netqueue.FrontRing = netqueue.FrontRing, Late  # type: ignore[misc]
                 try:
                     front = here.front()
-                    front.connect()
+                    here.connect(front)
                 finally:
                     netqueue.FrontRing = before  # type: ignore[misc]
                 (queue,) = front.queues
@@ -485,7 +486,7 @@ async def test_a_wrong_handshake(nodes: dict[str, str], line: str, caplog: pytes
 
         def run() -> None:
             bad = here.front(nodes=nodes)
-            with pytest.raises(Exception, match="closed instead of connecting"):
+            with pytest.raises(GuestFault, match="closed instead of connecting"):
                 bad.connect()
             bad.bus.switch(6)  # type: ignore[arg-type]
             bad.bus.wait_backend(6)  # type: ignore[arg-type]
@@ -493,7 +494,7 @@ async def test_a_wrong_handshake(nodes: dict[str, str], line: str, caplog: pytes
                 here.host.store.rm(f"{bad.bus.path}/{name}")
             bad.release()
             good = here.front()
-            good.connect()
+            here.connect(good)
             good.disconnect()
 
         with caplog.at_level(logging.ERROR):

@@ -46,7 +46,7 @@ def exchange(here: World, front: Netfront, sock: socket.socket, numbers: range) 
 
 async def connected(here: World, **options: object) -> Netfront:
     front = here.front(**options)
-    await here.host.guest(front.connect)
+    await here.host.guest(lambda: here.connect(front))
     return front
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -89,6 +90,14 @@ class World:
 
     def front(self, devid: int = 0, **options: object) -> Netfront:
         return Netfront(self.host.domain, self.host.store, devid, **options)  # type: ignore[arg-type]
+
+    def connect(self, front: Netfront) -> None:
+        """Connects, and waits until the kernel has seen the carrier: before that it drops what is for the guest."""
+        front.connect()
+        name, deadline = f"vif7.{front.devid}", time.monotonic() + 20
+        while self.netns.ip("-br", "link", "show", name).split()[1] != "UP":
+            assert time.monotonic() < deadline, f"{name} is not up"
+            time.sleep(0.005)
 
     def way(self, port: int = 7001, *, ipv6: bool = False) -> Way:
         """From the guest to the host's end."""

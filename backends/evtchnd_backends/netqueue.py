@@ -292,6 +292,7 @@ class Queue:
             "rx_bad_grants": rx.bad_grants,
             "rx_moved": rx.moved,
             "rx_waited": rx.waited,
+            "rx_completed": rx.completed,
             "kicks": sum(channel.kicks for channel in self.channels),
             "wakeups": sum(channel.wakeups for channel in self.channels),
             "notifications": sum(channel.notifications for channel in self.channels),

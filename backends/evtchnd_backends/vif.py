@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from evtchnd.errors import GuestError, HostError
 from evtchnd.netif import parse_mac
 from evtchnd.seldom import Seldom
 from evtchnd.worker.device import VifDevice
@@ -197,6 +198,9 @@ class Vif:
 
 
 def check(device: VifDevice, taps: Sequence[int]) -> Tap:
-    """The TAP of a device. HostError, GuestError: what was handed over cannot be served."""
-    parse_mac(device.vif.mac)
+    """The TAP of a device. HostError: what was handed over cannot be served."""
+    try:
+        parse_mac(device.vif.mac)
+    except GuestError as error:
+        raise HostError(f"{device.name}: {error}") from None
     return Tap(taps, device.vif.name or device.name)

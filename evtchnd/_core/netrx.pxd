@@ -16,7 +16,7 @@ cdef class RxRing:
     cdef public int tap_error
     cdef readonly int held
     cdef readonly long long packets, bytes, slots
-    cdef readonly long long too_long, unwanted, moved, bad_grants, waited, expired
+    cdef readonly long long too_long, unwanted, moved, bad_grants, waited, expired, completed
     cdef readonly object reason
     cdef readonly uint32_t req_cons, rsp_prod
 
@@ -53,6 +53,12 @@ cdef class RxRing:
     cdef int wanted(self, uint64_t start) except -1
     @cython.locals(flags=int, each=int, left=int, part=int, i=int, kind=int)
     cdef int finish(self, int length, int parts, int extras) except -1
+    @cython.locals(p=cython.p_char, start=int, kind=int, proto=int, at=int)
+    cdef int plain(self) except -1
+    @cython.locals(address=uint64_t)
+    cdef int peek(self, int at, int n) except -1
+    @cython.locals(start=int, field=int, each=int, total=uint64_t, done=int, i=int, part=int, index=uint32_t, address=uint64_t, k=int)
+    cdef int complete(self, int length, int extras) except -1
     cdef int extra(self, int kind, int flags, int value, int type) except -1
     cdef int answer(self, int flags, int size, int status) except -1
     @cython.locals(at=Py_ssize_t)
