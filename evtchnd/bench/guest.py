@@ -156,7 +156,10 @@ def measure(report: Report, sides: list[str], arguments: argparse.Namespace) -> 
             stack.callback(daemon.stop)
             starts["evtchnd"] = lambda: EvtchndGuest(daemon, folder, **given)
         for number in range(arguments.rounds):
-            one_round(report, number, {side: starts[side] for side in sides}, arguments.seconds)
+            try:
+                one_round(report, number, {side: starts[side] for side in sides}, arguments.seconds)
+            except HostError as exc:  # what the round has measured before counts
+                report.skipped[f"guest, the rest of round {number}"] = str(exc)
 
 
 def one_round(report: Report, number: int, starts: dict[str, Callable[[], Side]], seconds: float) -> None:
@@ -177,7 +180,14 @@ def one_round(report: Report, number: int, starts: dict[str, Callable[[], Side]]
 
 
 def read(guest: Side, job: Job, seconds: float) -> dict[str, float]:
-    """One reading: what fio saw, and what the host spent from its begin to its end."""
+    """One reading: what fio saw, and what the host spent from its begin to its end. HostError with the guest's log."""
+    try:
+        return _read(guest, job, seconds)
+    except HostError as exc:
+        raise HostError(f"{job.name} on {guest.side}: {str(exc)[-500:]}; its log ends with {guest.said()!r}") from None
+
+
+def _read(guest: Side, job: Job, seconds: float) -> dict[str, float]:
     pids = guest.pids()
     guest.counters()
     guest.console.send(job.command(seconds))
@@ -187,10 +197,10 @@ def read(guest: Side, job: Job, seconds: float) -> dict[str, float]:
     spent, busy = _cpu_us(pids) - before, _busy_us() - busy
     status, said = guest.console.status(JOB_S)
     if status:
-        raise HostError(f"fio's {job.name} on {guest.side}: exit status {status}: {said[-500:]}")
+        raise HostError(f"fio: exit status {status}: {said}")
     done = json.loads(said[said.index("{") :])["jobs"][0]
     if done["error"]:
-        raise HostError(f"fio's {job.name} on {guest.side}: error {done['error']}")
+        raise HostError(f"fio: error {done['error']}")
     way = done["write" if "write" in job.rw else "read"]
     percentiles = way["clat_ns"]["percentile"]
     counted = {f"{name}_per_io": count / way["total_ios"] for name, count in guest.counters().items()}

@@ -68,6 +68,10 @@ class QemuGuest:
         assert self._process.stdin is not None and self._process.stdout is not None
         self.console = Driven(self._process.stdout.fileno(), self._process.stdin.fileno())
 
+    def said(self) -> str:
+        """The end of what QEMU has logged."""
+        return self._log.read_text(errors="replace")[-500:]
+
     def pids(self) -> list[int]:
         """Whose CPU time is this side's: all of QEMU is one process."""
         return [self._process.pid]
@@ -83,7 +87,7 @@ class QemuGuest:
             took = time.monotonic() - self._began
             self.console.wait(r"@@ ready .*", seconds)
         except HostError as exc:
-            raise HostError(f"QEMU: {exc}; its log ends with {self._log.read_text()[-500:]!r}") from None
+            raise HostError(f"QEMU: {exc}; its log ends with {self.said()!r}") from None
         return took
 
     def __enter__(self) -> Self:

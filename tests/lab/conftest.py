@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if INSIDE:
         inside.lengthen_timeouts(config, items)
         return
-    # last: they take longest
+    # last: meanwhile they have run
     items.sort(key=ours)
     if xen_capability() & EVERYTHING == EVERYTHING:
         return
@@ -46,7 +46,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Once everything that deselects is done."""
     if not INSIDE and xen_capability() & EVERYTHING != EVERYTHING:
-        session.config.stash[RUN] = outside.LabRun(session.config, [item for item in session.items if ours(item)])
+        run = outside.LabRun(session.config, [item for item in session.items if ours(item)])
+        session.config.stash[RUN] = run
+        run.begin()
 
 
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
@@ -75,7 +77,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if run.skipped:
         terminalreporter.write_line(f"lab: {run.skipped} tests skipped: {run.missing}", yellow=True)
     elif run.boots:
-        terminalreporter.write_line(f"lab: {run.seconds:.0f} s, {run.boots} boot{'s' * (run.boots > 1)}")
+        terminalreporter.write_line(f"lab: waited {run.seconds:.0f} s for it, {run.boots} boot{'s' * (run.boots > 1)}")
 
 
 @pytest.fixture

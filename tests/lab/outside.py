@@ -47,6 +47,14 @@ class LabRun:
         self._machine: Machine | None = None
         self._came_up = False
 
+    def begin(self) -> None:
+        """Boots the lab if there is something to run in it; it goes on beside the other tests, at a lower priority."""
+        if self._waiting:
+            try:
+                self._machine = self._boot()
+            except LabMissing as exc:
+                self.missing = str(exc)
+
     def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
         """The reports of one test, once they are there."""
         begin = time.monotonic()
