@@ -162,7 +162,7 @@ async def run(device: VifDevice) -> None:
 def features(device: VifDevice) -> dict[str, str]:
     """The backend's nodes for this vif."""
     vif = device.vif
-    return netif.features(mtu=vif.mtu, carrier=vif.carrier, max_queues=vif.queues, ctrl=False)
+    return netif.features(mtu=vif.mtu, carrier=vif.carrier, max_queues=vif.queues, ctrl=vif.hash)
 
 
 def _lost(task: asyncio.Task[None], failed: Callable[[Exception], None]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from evtchnd._core import RxRing, TxRing
-from evtchnd._core.netrx import NO_SLOTS, TAP_ERROR
+from evtchnd._core.netrx import NO_SLOTS, STEER, TAP_ERROR
 from evtchnd._core.nettx import NO_CREDIT, TAP_FULL
 from evtchnd.channel import Channel
 from evtchnd.grants import Page
@@ -197,6 +197,8 @@ class Queue:
             return False
         before = rx.slots
         rx.run(fd, BATCH)
+        if rx.stopped == STEER:
+            self._steer(fd)
         if rx.stopped == NO_SLOTS:
             self._starve(moved=rx.slots != before)
         elif self.starved:
@@ -204,6 +206,31 @@ class Queue:
         if rx.stopped == TAP_ERROR:
             self._tap_error(rx.tap_error)
         return rx.push()
+
+    def _steer(self, fd: int) -> None:
+        """The guest has a say in which queue gets what: packets are read one by one, and some go to others."""
+        rx = self.rx
+        for _ in range(BATCH):
+            target = self._vif.target(self, rx.hash_value) if rx.hash_type >= 0 else self
+            if target is not self:
+                if target.rx.adopt(rx):
+                    target.adopted()
+                else:
+                    rx.drop_held()  # one waits there for pages already
+            elif not rx.settle():
+                return
+            rx.run(fd, 1)
+            if rx.stopped != STEER:
+                return
+        self._loop.call_soon(self.channels[-1].step)
+
+    def adopted(self) -> None:
+        """Another queue has read a packet that is this one's."""
+        if self.rx.settle():
+            if self.rx.push():
+                self.channels[-1].notify()
+        else:
+            self._loop.call_soon(self.channels[-1].step)
 
     def _tap_error(self, error: int) -> None:
         """No more reads: a TAP that is gone is readable for ever. Others are tried again in a while."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from evtchnd.channel import Channel
 from evtchnd.errors import GuestError, HostError
-from evtchnd.netif import parse_mac
+from evtchnd.grants import Page
+from evtchnd.netif import CTRL_REQUEST, CTRL_RESPONSE, parse_mac
+from evtchnd.ring import BackRing, RingLayout
 from evtchnd.seldom import Seldom
 from evtchnd.worker.device import VifDevice
 
 from . import netif
+from .hashing import Hashing
 from .netqueue import Queue
 from .rate import Rate
 from .tap import GONE, Tap
@@ -22,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # XEN_NETBK_MCAST_MAX: as many groups as Linux' netback keeps
 MOST_GROUPS = 64
+
+_CTRL = RingLayout(CTRL_REQUEST.size, CTRL_RESPONSE.size, 1)
 
 
 class Vif:
@@ -40,7 +47,11 @@ class Vif:
         self._gone = False
         self._filter = False
         self._queues: list[Queue] = []
-        self._saved: dict[str, object] = {}
+        self._hashing = Hashing(device.grants, len(rings.queues))
+        self._ctrl_page: Page | None = None
+        self._ctrl: BackRing | None = None
+        self._ctrl_pump: asyncio.Future[None] | None = None
+        self._ctrl_channel: Channel | None = None
 
     async def open(self, failed: Callable[[Exception], None], *, again: bool) -> None:
         """Maps the rings, binds their ports, serves. `again`: the rings live, an earlier worker served them.
@@ -51,18 +62,28 @@ class Vif:
         device, rings = self._device, self.rings
         try:
             if again and device.connected is not None:
-                self.groups |= {bytes.fromhex(group) for group in device.connected.get("groups", ())}
+                self.groups |= {bytes.fromhex(group) for group in device.connected["groups"]}
+                self._hashing.restore(device.connected["hash"])
             for number, where in enumerate(rings.queues):
                 queue = Queue(device, self, number)
                 self._queues.append(queue)
                 queue.map(where, rings)
             ports = [port for where in rings.queues for port in dict.fromkeys((where.tx_port, where.rx_port))]
-            channels = iter(await device.bind(ports))
+            if rings.ctrl is not None:
+                self._ctrl_page = device.grants.map(rings.ctrl[0], write=True)
+                self._ctrl = BackRing([self._ctrl_page.view], _CTRL)
+                ports.append(rings.ctrl[1])
+            bound = await device.bind(ports)
+            channels = iter(bound)
             for queue, where in zip(self._queues, rings.queues, strict=True):
                 count = 1 if where.tx_port == where.rx_port else 2
                 queue.channels = [next(channels) for _ in range(count)]
             self._report()
             self._set_up(fresh=not again)
+            self._spread()
+            if self._ctrl is not None:
+                self._ctrl_channel = bound[-1]
+                self._listen(self._ctrl, bound[-1], failed)
             for queue in self._queues:
                 queue.start(failed)
         except BaseException:
@@ -81,7 +102,8 @@ class Vif:
 
     def _report(self) -> None:
         """What the next worker has to know: from here on these rings survive this one."""
-        self._device.connected_as({**self.rings.params(), "groups": sorted(group.hex() for group in self.groups)})
+        groups = sorted(group.hex() for group in self.groups)
+        self._device.connected_as({**self.rings.params(), "groups": groups, "hash": self._hashing.params()})
 
     def _link(self) -> None:
         """The link as the host sees it: up while the operator wants it and the guest takes packets."""
@@ -129,6 +151,44 @@ class Vif:
             self.groups.add(address)
         self._report()
         return True
+
+    def target(self, queue: Queue, value: int) -> Queue:
+        """The queue that a packet with this hash goes to."""
+        number = self._hashing.queue(value)
+        return self._queues[number] if number < len(self._queues) else queue
+
+    # ---- the control ring
+
+    def _listen(self, ring: BackRing, channel: Channel, failed: Callable[[Exception], None]) -> None:
+        def ended(pump: asyncio.Future[None]) -> None:
+            error = None if pump.cancelled() else pump.exception()
+            if isinstance(error, Exception):
+                failed(error)
+
+        channel.watch(ring.pending, ring.arm)
+        self._ctrl_pump = channel.drive(self._obey(ring, channel))
+        self._ctrl_pump.add_done_callback(ended)
+
+    async def _obey(self, ring: BackRing, channel: Channel) -> None:
+        """The control ring's pump."""
+        again = True
+        while True:
+            requests = ring.take(ring.entries)
+            for request in requests:
+                ring.respond(self._hashing.answer(request))
+            if requests:
+                self._spread()
+                self._report()
+            if ring.push() or again:
+                channel.notify()
+                again = False
+            await channel.kicked()
+
+    def _spread(self) -> None:
+        """Every ring hashes as the guest has asked."""
+        for queue in self._queues:
+            queue.rx.set_key(self._hashing.key)
+            queue.rx.hashing = self._hashing.active
 
     # ---- changes
 
@@ -190,9 +250,16 @@ class Vif:
         """
         for queue in self._queues:
             queue.stop()
+        if self._ctrl_pump is not None:
+            self._ctrl_pump.cancel()
         if not self._gone and not final:
             self.tap.carrier(on=False)
-        await self._device.unbind([channel for queue in self._queues for channel in queue.channels])
+        channels = [channel for queue in self._queues for channel in queue.channels]
+        await self._device.unbind(channels + ([self._ctrl_channel] if self._ctrl_channel is not None else []))
+        if self._ctrl is not None:
+            self._ctrl.close()
+        if self._ctrl_page is not None:
+            self._ctrl_page.close()
         for queue in self._queues:
             queue.give_back()
 

@@ -12,6 +12,9 @@ cdef class RxRing:
     cdef public bint gso, sg
     cdef public int headroom
     cdef public object groups
+    cdef public int hashing
+    cdef readonly uint32_t hash_value
+    cdef readonly int hash_type
     cdef readonly int stopped
     cdef public int tap_error
     cdef readonly int held
@@ -24,7 +27,7 @@ cdef class RxRing:
     cdef object memory
     cdef bint closed
     cdef Area area
-    cdef Mem pages, entry, response, buffer, iov
+    cdef Mem pages, entry, response, buffer, iov, key, tuple
     cdef uint32_t published, seen
 
     @cython.locals(prod=uint32_t, waiting=uint32_t)
@@ -35,6 +38,13 @@ cdef class RxRing:
     cdef int needed(self, int length, int extras) except -1
     @cython.locals(done=Py_ssize_t, usable=int, spare=int, got=Py_ssize_t)
     cpdef Py_ssize_t run(self, int fd, Py_ssize_t most) except -1
+    @cython.locals(usable=int)
+    cpdef bint settle(self) except -1
+    cpdef bint adopt(self, RxRing other) except -1
+    @cython.locals(p=cython.p_char, kind=int, at=Py_ssize_t, n=int, tcp=int)
+    cdef int hash(self) except -1
+    @cython.locals(value=uint32_t, window=uint64_t, low=uint64_t, i=int, byte=uint32_t, bit=int)
+    cdef int toeplitz(self, int n) except -1
     @cython.locals(got=Py_ssize_t)
     cdef Py_ssize_t read_aside(self, int fd) except? -4095
     @cython.locals(length=int, extras=int, each=int, parts=int, done=int, part=int, i=int, index=uint32_t)
@@ -59,7 +69,7 @@ cdef class RxRing:
     cdef int peek(self, int at, int n) except -1
     @cython.locals(start=int, field=int, each=int, total=uint64_t, done=int, i=int, part=int, index=uint32_t, address=uint64_t, k=int)
     cdef int complete(self, int length, int extras) except -1
-    cdef int extra(self, int kind, int flags, int value, int type) except -1
+    cdef int extra(self, int kind, int flags, int value, uint32_t type) except -1
     cdef int answer(self, int flags, int size, int status) except -1
     @cython.locals(at=Py_ssize_t)
     cdef int give(self) except -1

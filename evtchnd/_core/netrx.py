@@ -61,6 +61,7 @@ BUFFER = 12 + 4 + (18 << 12)
 EMPTY = 1  # the TAP has no packet
 NO_SLOTS = 2  # the guest has to post pages
 TAP_ERROR = 3  # tap_error tells
+STEER = 4  # with `hashing`: one packet was read, `hash_value` says where it belongs: `run` again, or another's `adopt`
 
 # A page that was taken: u64 address | u32 gref | u16 id | u16 bad (its grant was refused)
 PAGE = 16
@@ -79,6 +80,8 @@ class RxRing:
     completed (checksums that had to be computed here)
     groups: None, or a set of the multicast addresses (bytes) that the guest wants
     held: bytes of the packet that waits, 0: none
+    hashing: XEN_NETIF_CTRL_HASH_TYPE_* bits: each packet is read aside, and hashed with the key of `set_key`
+    hash_value, hash_type: of the packet that waits; type 0 to 3 (_XEN_NETIF_CTRL_HASH_TYPE_*), -1: it has none
     """
 
     if TYPE_CHECKING:
@@ -104,6 +107,9 @@ class RxRing:
         req_cons: int
         rsp_prod: int
         groups: Any
+        hashing: int
+        hash_value: int
+        hash_type: int
 
     def __init__(self, grants: Pins, page: Any, *, most_bytes: int, gso: bool, sg: bool = True) -> None:
         self.grants = grants
@@ -113,6 +119,10 @@ class RxRing:
         self.sg = sg
         self.headroom = 0
         self.groups = None
+        self.hashing = self.hash_value = 0
+        self.hash_type = -1
+        self.key = Mem(bytearray(48))
+        self.tuple = Mem(bytearray(40))
         self.closed = False
         self.stopped = self.tap_error = self.held = 0
         self.packets = self.bytes = self.slots = 0
@@ -180,19 +190,24 @@ class RxRing:
         self.stopped = 0
         done = 0
         while done < most:
+            if self.held and not self.settle():
+                break
             usable = self.fill()
-            if self.held:
-                if not self.deliver(usable):
-                    if u32(self.rsp_prod + usable) == self.req_cons:
-                        self.stopped = 2
-                        break
-                    # a page that cannot be had lies in between: those before it are too few for ever
-                    for _ in range(usable):
-                        self.answer(0, 0, -1)
-                continue
             if usable == 0:
                 self.stopped = 2
                 break
+            if self.hashing:
+                got = self.read_aside(fd)
+                if got >= 0:
+                    self.hash()
+                    self.stopped = 4
+                    done += 1
+                    break
+                self.stopped = 1 if got == -11 else 3
+                if got != -11:
+                    self.tap_error = -got
+                break
+            self.hash_type = -1
             spare = 1 if self.gso else 0
             if self.headroom:
                 spare += 1
@@ -207,6 +222,87 @@ class RxRing:
                 break
             done += 1
         return done
+
+    def settle(self) -> bool:
+        """Deliver the packet that waits, if one does. False: the guest has to post pages."""
+        while self.held:
+            usable = self.fill()
+            if not self.deliver(usable):
+                if u32(self.rsp_prod + usable) == self.req_cons:
+                    self.stopped = 2
+                    return False
+                # a page that cannot be had lies in between: those before it are too few for ever
+                for _ in range(usable):
+                    self.answer(0, 0, -1)
+        return True
+
+    def set_key(self, key: Any) -> None:
+        """40 bytes of a Toeplitz key."""
+        for i in range(48):
+            put8(self.key.p, i, key[i] if i < len(key) else 0)
+
+    def adopt(self, other: RxRing) -> bool:
+        """Take the packet that waits at `other`, by taking its buffer. False: one waits here already."""
+        if self.held:
+            return False
+        self.buffer, other.buffer = other.buffer, self.buffer
+        self.held, self.hash_value, self.hash_type = other.held, other.hash_value, other.hash_type
+        other.held = 0
+        return True
+
+    def hash(self) -> int:
+        """The hash of the packet that waits, over addresses, and ports where it is TCP and no fragment."""
+        p = self.buffer.p
+        self.hash_type = -1
+        self.hash_value = 0
+        kind = get8(p, 28) << 8 | get8(p, 29)
+        at = 0
+        n = 0
+        tcp = 0
+        if kind == 0x0800 and self.held >= 34 and self.hashing & 3:
+            at = 30 + ((get8(p, 30) & 15) << 2)
+            n = 8
+            if get8(p, 39) == 6 and not (get8(p, 36) & 0x3F or get8(p, 37)):
+                tcp = self.hashing & 2
+            elif not self.hashing & 1:
+                return 0
+            copy(self.tuple.p, 0, p, 42, 8)
+            self.hash_type = 1 if tcp else 0
+        elif kind == 0x86DD and self.held >= 54 and self.hashing & 12:
+            at = 70
+            n = 32
+            if get8(p, 36) == 6:
+                tcp = self.hashing & 8
+            elif not self.hashing & 4:
+                return 0
+            copy(self.tuple.p, 0, p, 38, 32)
+            self.hash_type = 3 if tcp else 2
+        else:
+            return 0
+        if tcp:
+            copy(self.tuple.p, n, p, at, 4)
+            n += 4
+        elif not self.hashing & (1 if kind == 0x0800 else 4):
+            self.hash_type = -1
+            return 0
+        self.toeplitz(n)
+        return 0
+
+    def toeplitz(self, n: int) -> int:
+        """Toeplitz' hash of the first `n` bytes of `tuple`: a window of 32 bits slides over the key, a bit a bit."""
+        value = 0
+        window = 0
+        for i in range(5):
+            window = window << 8 | get8(self.key.p, i)
+        for i in range(n):
+            byte = get8(self.tuple.p, i)
+            for bit in range(8):
+                if byte >> (7 - bit) & 1:
+                    value ^= u32(window >> (8 - bit))
+            low = u32(window)
+            window = low << 8 | get8(self.key.p, 5 + i)
+        self.hash_value = value
+        return 0
 
     def read_aside(self, fd: int) -> int:
         """Read a packet into the buffer, to be delivered by the next turn."""
@@ -326,6 +422,8 @@ class RxRing:
         n = 1 if self.gso_of() else 0
         if self.headroom:
             n += 1
+        if self.hash_type >= 0:
+            n += 1
         return n
 
     def usual(self) -> bool:
@@ -380,6 +478,9 @@ class RxRing:
                 kind = self.gso_of()
                 if kind:
                     self.extra(1, 1 if extras > 1 else 0, get16(self.buffer.p, 8), kind)
+                if self.hash_type >= 0:
+                    # XEN_NETIF_CTRL_HASH_ALGORITHM_TOEPLITZ is 1
+                    self.extra(4, 1 if self.headroom else 0, self.hash_type | 1 << 8, self.hash_value)
                 if self.headroom:
                     self.extra(5, 0, self.headroom, 0)
         self.packets += 1
