@@ -34,11 +34,6 @@ def guest(store: XenStore, tool: Guest) -> Guest:
     return boot(store, tool, 7)
 
 
-ALL = (
-    b"nodes watches outstanding memory soft-memory transactions transaction-nodes node-permissions path-max node-size\0"
-)
-
-
 def test_quota_of_nodes(store: XenStore, tool: Guest, guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
     store.set_quotas(7, Quotas(nodes=10))
     assert store.domains[7].owned == 3

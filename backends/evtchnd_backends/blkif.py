@@ -13,13 +13,13 @@ from evtchnd import blkif
 from evtchnd.blkif import Layout, Op, Status
 from evtchnd.errors import GuestError
 
+from .nodes import number, quoted
+
 __all__ = ["SHARED_NODES", "Op", "Queue", "Rings", "Status", "features", "frontend_rings", "queue_nodes"]
 
 # No `protocol` node: the header says "native", but Linux' and QEMU's backends on x86 take it for the 32-bit layout,
 # also for 64-bit guests; every frontend that is in use was tested against one of them.
 DEFAULT_PROTOCOL = blkif.X86_32.name
-
-_U32 = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def frontend_rings(nodes: Mapping[str, str], *, max_order: int, max_queues: int)
     """
     name = nodes.get("protocol", DEFAULT_PROTOCOL)
     if name not in blkif.LAYOUTS:
-        raise GuestError(f"protocol: {_quoted(name)} is none of {', '.join(blkif.LAYOUTS)}")
+        raise GuestError(f"protocol: {quoted(name)} is none of {', '.join(blkif.LAYOUTS)}")
     pages = _pages(nodes, max_order)
     queues = tuple(_queue(nodes, folder, pages) for folder in _folders(nodes, max_queues))
     grefs = [gref for queue in queues for gref in queue.grefs]
@@ -131,10 +131,10 @@ def frontend_rings(nodes: Mapping[str, str], *, max_order: int, max_queues: int)
 
 def _queue(nodes: Mapping[str, str], folder: str, pages: int) -> Queue:
     if pages == 1 and f"{folder}ring-ref" in nodes:
-        grefs = [_number(nodes, f"{folder}ring-ref")]
+        grefs = [number(nodes, f"{folder}ring-ref")]
     else:
-        grefs = [_number(nodes, f"{folder}ring-ref{index}") for index in range(pages)]
-    port = _number(nodes, f"{folder}event-channel")
+        grefs = [number(nodes, f"{folder}ring-ref{index}") for index in range(pages)]
+    port = number(nodes, f"{folder}event-channel")
     if port == 0:
         raise GuestError(f"{folder}event-channel: port 0 is never valid")
     return Queue(tuple(grefs), port)
@@ -142,7 +142,7 @@ def _queue(nodes: Mapping[str, str], folder: str, pages: int) -> Queue:
 
 def _folders(nodes: Mapping[str, str], max_queues: int) -> list[str]:
     """Where each queue's nodes are: those of a single one lie beside the others, without a folder."""
-    count = _number(nodes, "multi-queue-num-queues") if "multi-queue-num-queues" in nodes else 1
+    count = number(nodes, "multi-queue-num-queues") if "multi-queue-num-queues" in nodes else 1
     if not 0 < count <= max_queues:
         raise GuestError(f"multi-queue-num-queues: {count} queues, 1 to {max_queues} are possible")
     return [""] if count == 1 else [f"queue-{index}/" for index in range(count)]
@@ -150,28 +150,13 @@ def _folders(nodes: Mapping[str, str], max_queues: int) -> list[str]:
 
 def _pages(nodes: Mapping[str, str], max_order: int) -> int:
     if "ring-page-order" in nodes:
-        order = _number(nodes, "ring-page-order")
+        order = number(nodes, "ring-page-order")
         if order > max_order:
             raise GuestError(f"ring-page-order: {order} is above the limit of {max_order}")
         return 1 << order
     if "num-ring-pages" in nodes:
-        pages = _number(nodes, "num-ring-pages")
+        pages = number(nodes, "num-ring-pages")
         if pages == 0 or pages & (pages - 1) or pages > 1 << max_order:
             raise GuestError(f"num-ring-pages: {pages} is no power of two up to {1 << max_order}")
         return pages
     return 1
-
-
-def _number(nodes: Mapping[str, str], name: str) -> int:
-    """A decimal u32: what "%u" prints, and nothing else that int() would take (signs, blanks, underscores)."""
-    text = nodes.get(name)
-    if text is None:
-        raise GuestError(f"{name}: missing")
-    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) < _U32):
-        raise GuestError(f"{name}: {_quoted(text)} is no number")
-    return int(text)
-
-
-def _quoted(text: str) -> str:
-    """A guest's text for a log line: printable, short."""
-    return repr(text if len(text) <= 32 else text[:32] + "...")

@@ -23,10 +23,11 @@ from evtchnd.channel import Channel
 from evtchnd.errors import GuestError
 from evtchnd.grants import Page
 from evtchnd.seldom import Seldom
-from evtchnd.stream import CONSOLE, CONSOLE_CONNECTED, CONSOLE_CONNECTION, MASK, ByteStream
+from evtchnd.stream import CONSOLE, CONSOLE_CONNECTED, CONSOLE_CONNECTION, ByteStream
 from evtchnd.worker.device import ConsoleDevice, Params
 from evtchnd.xenbus import Step
 
+from .nodes import number
 from .screen import Screen, nothing
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ async def _by_xenbus(device: ConsoleDevice, screen: Screen) -> None:
                     case Step.CONNECT:
                         try:
                             nodes = await bus.frontend_nodes(FRONTEND_NODES)
-                            await connect(_number(nodes, "ring-ref"), _number(nodes, "port"), again=False)
+                            await connect(number(nodes, "ring-ref"), number(nodes, "port"), again=False)
                             await bus.switch(XenbusState.CONNECTED)
                         except GuestError as error:
                             bus.fail(error)
@@ -263,13 +264,3 @@ class Connection:
         if self._page is not None:
             self._page.close()
         self._view = self._page = None
-
-
-def _number(nodes: Mapping[str, str], name: str) -> int:
-    """A decimal u32, as "%u" prints it. GuestError."""
-    text = nodes.get(name)
-    if text is None:
-        raise GuestError(f"{name}: missing")
-    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= MASK):
-        raise GuestError(f"{name}: {text[:32]!r} is no number")
-    return int(text)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evtchnd.errors import GuestError
+from evtchnd_backends.nodes import number
 
 _U32 = 1 << 32
 
@@ -117,7 +118,7 @@ def frontend_rings(nodes: Mapping[str, str], *, max_queues: int) -> Rings:
     queues = tuple(_queue(nodes, folder) for folder in _folders(nodes, max_queues))
     ctrl = None
     if "ctrl-ring-ref" in nodes:
-        ctrl = (_number(nodes, "ctrl-ring-ref"), _port(nodes, "event-channel-ctrl"))
+        ctrl = (number(nodes, "ctrl-ring-ref"), _port(nodes, "event-channel-ctrl"))
     grefs = [gref for queue in queues for gref in (queue.tx_gref, queue.rx_gref)] + ([ctrl[0]] if ctrl else [])
     if len(set(grefs)) != len(grefs):
         raise GuestError(f"ring-ref: the same page twice: {grefs}")
@@ -137,7 +138,7 @@ def frontend_rings(nodes: Mapping[str, str], *, max_queues: int) -> Rings:
 
 
 def _queue(nodes: Mapping[str, str], folder: str) -> Queue:
-    grefs = _number(nodes, f"{folder}tx-ring-ref"), _number(nodes, f"{folder}rx-ring-ref")
+    grefs = number(nodes, f"{folder}tx-ring-ref"), number(nodes, f"{folder}rx-ring-ref")
     if f"{folder}event-channel" in nodes:
         port = _port(nodes, f"{folder}event-channel")
         return Queue(*grefs, port, port)
@@ -149,28 +150,18 @@ def _queue(nodes: Mapping[str, str], folder: str) -> Queue:
 
 def _folders(nodes: Mapping[str, str], max_queues: int) -> list[str]:
     """Where each queue's nodes are: those of a single one lie beside the others, without a folder."""
-    count = _number(nodes, "multi-queue-num-queues") if "multi-queue-num-queues" in nodes else 1
+    count = number(nodes, "multi-queue-num-queues") if "multi-queue-num-queues" in nodes else 1
     if not 0 < count <= max_queues:
         raise GuestError(f"multi-queue-num-queues: {count} queues, 1 to {max_queues} are possible")
     return [""] if count == 1 else [f"queue-{index}/" for index in range(count)]
 
 
 def _flag(nodes: Mapping[str, str], name: str) -> bool:
-    return name in nodes and _number(nodes, name) != 0
+    return name in nodes and number(nodes, name) != 0
 
 
 def _port(nodes: Mapping[str, str], name: str) -> int:
-    port = _number(nodes, name)
+    port = number(nodes, name)
     if port == 0:
         raise GuestError(f"{name}: port 0 is never valid")
     return port
-
-
-def _number(nodes: Mapping[str, str], name: str) -> int:
-    """A decimal u32, as "%u" prints it. GuestError."""
-    text = nodes.get(name)
-    if text is None:
-        raise GuestError(f"{name}: missing")
-    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) < _U32):
-        raise GuestError(f"{name}: {text[:32]!r} is no number")
-    return int(text)
