@@ -12,8 +12,6 @@ from typing import Any
 from evtchnd.errors import GuestError
 from evtchnd_backends.nodes import number
 
-_U32 = 1 << 32
-
 
 @dataclass(frozen=True)
 class Queue:
