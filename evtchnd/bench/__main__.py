@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from evtchnd.bench import blk, guest, report, wakeup, xenstore
+from evtchnd.bench import blk, guest, netguest, report, wakeup, xenstore
 from evtchnd.errors import EvtchndError
 
 
@@ -20,11 +20,16 @@ def parser() -> argparse.ArgumentParser:
     xenstore.add_arguments(store)
     real = commands.add_parser("guest", help="fio in a real guest in the lab, beside QEMU's own Xen backends")
     guest.add_arguments(real)
+    wired = commands.add_parser(
+        "netguest", help="iperf3 and ping in a real guest in the lab, beside QEMU's xen-net-device"
+    )
+    netguest.add_arguments(wired)
     for command, run in (
         (block, blk.run),
         (waking, wakeup.run),
         (store, xenstore.run),
         (real, guest.run),
+        (wired, netguest.run),
     ):
         command.set_defaults(run=run)
         command.add_argument("--json", metavar="FILE", help="readings and ratios; -: alone on standard output")

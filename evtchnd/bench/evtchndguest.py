@@ -38,19 +38,25 @@ class EvtchndGuest:
         initramfs: Path,
         append: str,
         disks: Sequence[Disk],
+        vifs: Sequence[str] = (),
         memory_mib: int,
         vcpus: int = 1,
+        domid: int = DOMID,
     ) -> None:
+        """`vifs`: as `evtchnctl network-attach` takes them."""
+        self.domid = domid
         self._daemon = daemon
-        self._stats = folder / "stats.json"
+        self._stats = folder / f"stats{domid}.json"
         self._stats.unlink(missing_ok=True)
         command = [sys.executable, "-m", "evtchnd.vmm.micro", "--socket", str(daemon.runtime / "vmm.sock")]
-        command += ["--domid", str(DOMID), "--kernel", str(kernel), "--initrd", str(initramfs), "--append", append]
+        command += ["--domid", str(domid), "--kernel", str(kernel), "--initrd", str(initramfs), "--append", append]
         command += ["--memory", f"{memory_mib}M", "--vcpus", str(vcpus), "--stats-json", str(self._stats)]
         for disk in disks:
             access = "ro" if disk.readonly else "rw"
             command += ["--disk", f"format=raw,vdev={disk.vdev},access={access},target={disk.image}"]
-        self._log = folder / "micro.log"
+        for vif in vifs:
+            command += ["--vif", vif]
+        self._log = folder / f"micro{domid}.log"
         self._began = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -83,7 +89,7 @@ class EvtchndGuest:
 
     def _info(self) -> Any:
         with Client(self._daemon.runtime / "control.sock") as client:
-            return client.call("io.evtchnd.Info", domid=DOMID)
+            return client.call("io.evtchnd.Info", domid=self.domid)
 
     def booted(self, seconds: float) -> float:
         """Seconds from the start of the VMM to the first line of the guest's init. HostError with what it said."""
@@ -109,7 +115,7 @@ class EvtchndGuest:
         while True:
             try:
                 with Client(self._daemon.runtime / "control.sock") as client:
-                    self._socket, first = client.upgrade("io.evtchnd.Console", domid=DOMID, devid=0)
+                    self._socket, first = client.upgrade("io.evtchnd.Console", domid=self.domid, devid=0)
                 break
             except OperatorError as exc:
                 if self._process.poll() is not None or time.monotonic() > end:

@@ -138,7 +138,7 @@ def measure(report: Report, sides: list[str], arguments: argparse.Namespace) -> 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evtchnd-bench-")))
         root, data = folder / "root", folder / "data"
-        _copy(Path(guest["root"]), root)
+        copy(Path(guest["root"]), root)
         data.write_bytes(os.urandom(1 << 20) * (IMAGE_BYTES >> 20))
         given: dict[str, Any] = {
             "kernel": Path(guest["kernel"]),
@@ -192,9 +192,9 @@ def _read(guest: Side, job: Job, seconds: float) -> dict[str, float]:
     guest.counters()
     guest.console.send(job.command(seconds))
     guest.console.wait("@@ begin", JOB_S)
-    before, busy = _cpu_us(pids), _busy_us()
+    before, busy = cpu_us(pids), busy_us()
     guest.console.wait("@@ end", JOB_S)
-    spent, busy = _cpu_us(pids) - before, _busy_us() - busy
+    spent, busy = cpu_us(pids) - before, busy_us() - busy
     status, said = guest.console.status(JOB_S)
     if status:
         raise HostError(f"fio: exit status {status}: {said}")
@@ -216,18 +216,18 @@ def _read(guest: Side, job: Job, seconds: float) -> dict[str, float]:
     }
 
 
-def _cpu_us(pids: list[int]) -> float:
+def cpu_us(pids: list[int]) -> float:
     """CPU time of whole processes so far, ended threads too: by their clocks, Linux' ~pid << 3 | CPUCLOCK_SCHED."""
     return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids) * 1e6
 
 
-def _busy_us() -> float:
+def busy_us() -> float:
     """What all processors have been busy with since the boot."""
     user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") * 1e6
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy(source: Path, target: Path) -> None:
     """A sparse file stays one."""
     with source.open("rb") as old, target.open("wb") as new:
         while block := old.read(1 << 20):

@@ -1,7 +1,8 @@
-"""A real guest of QEMU's own Xen backends (xen-disk, xen-console), on KVM's Xen support: evtchnd's peer.
+"""A real guest of QEMU's own Xen backends (xen-disk, xen-console, xen-net-device), on KVM's Xen support: our peer.
 
 At its best: an I/O thread, io_uring, interrupts in the kernel but for the IOAPIC (Xen's channels want that split). Its
-disk has neither indirect segments nor persistent grants. What it says goes to `qemu.log` of the folder.
+disk has neither indirect segments nor persistent grants; its network device has no scatter-gather, no segmentation and
+one queue, and moves packets in QEMU's main loop. What it says goes to `qemu.log` of the folder.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ class Disk:
     direct: bool = False
 
 
+@dataclass(frozen=True)
+class Nic:
+    """A TAP that is there, in the network namespace `netns` (`ip netns`; "": this one), as the guest's eth0."""
+
+    tap: str
+    mac: str
+    netns: str = ""
+
+
 class QemuGuest:
     """Started at once; `console` takes commands when `booted` has returned."""
 
@@ -46,11 +56,27 @@ class QemuGuest:
         initramfs: Path,
         append: str,
         disks: Sequence[Disk],
+        nics: Sequence[Nic] = (),
         memory_mib: int,
         vcpus: int = 1,
         poll_us: int = 32,
     ) -> None:
-        command = [*qemu, "-nodefaults", "-display", "none", "-no-reboot", "-M", "pc", "-accel", XEN, "-cpu", "host"]
+        # `ip netns exec` becomes what it runs: the same process
+        place = next((["ip", "netns", "exec", nic.netns] for nic in nics if nic.netns), [])
+        command = [
+            *place,
+            *qemu,
+            "-nodefaults",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-M",
+            "pc",
+            "-accel",
+            XEN,
+            "-cpu",
+            "host",
+        ]
         command += ["-smp", str(vcpus), "-m", str(memory_mib)]
         command += ["-object", f"iothread,id=io,poll-max-ns={poll_us * 1000}"]
         command += ["-kernel", str(kernel), "-initrd", str(initramfs), "-append", append]
@@ -61,6 +87,10 @@ class QemuGuest:
             file += f",file.cache.direct={_switch(disk.direct)}"
             command += ["-blockdev", f"driver=raw,node-name={disk.vdev},{flags},{file}"]
             command += ["-device", f"xen-disk,drive={disk.vdev},vdev={disk.vdev},iothread=io"]
+        for number, nic in enumerate(nics):
+            # it has no use for a vnet header, and would skip one in each packet
+            tap = f"tap,id=net{number},ifname={nic.tap},script=no,downscript=no,vnet_hdr=off"
+            command += ["-netdev", tap, "-device", f"xen-net-device,netdev=net{number},mac={nic.mac}"]
         self._log = folder / "qemu.log"
         self._began = time.monotonic()
         with self._log.open("wb") as log:

@@ -1,10 +1,11 @@
 """evtchnd-micro: runs one Xen guest on this machine's KVM, served by evtchnd.
 
     evtchnd-micro --kernel vmlinuz --initrd initrd.img --memory 512M --vcpus 2 \\
-        --append 'root=/dev/xvda console=hvc0' --disk disk.img,raw,xvda,rw --console
+        --append 'root=/dev/xvda console=hvc0' --disk disk.img,raw,xvda,rw --vif bridge=br0 --console
 
-The kernel is any with a PVH entry: a distribution's vmlinuz as it is, or an ELF file. The guest's disks, XenStore and
-console are the daemon's; this process opens the images and hands them over.
+The kernel is any with a PVH entry: a distribution's vmlinuz as it is, or an ELF file. The guest's disks, XenStore,
+console and network interfaces are the daemon's. This process opens the images and hands them over; what a vif is wired
+to is the operator's affair: it is attached as `evtchnctl network-attach` does it.
 
 Exit status: 0 the guest has powered off (or rebooted, with --reboot exit, or was ended by a signal), 1 it has crashed
 or could not begin, 2 the command line is wrong.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -28,7 +30,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from evtchnd import diskspec
+from evtchnd import diskspec, vifspec
 from evtchnd.errors import EvtchndError, OperatorError
 from evtchnd.vmm import elf, kernel_image
 from evtchnd.vmm.guest_words import GuestWords
@@ -122,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     add("--vcpus", type=int, default=1, choices=range(1, MAX_VCPUS + 1), help="(%(default)s)")
     add("--disk", action="append", default=[], metavar="SPEC", help="as xl: disk.img,raw,xvda,rw; can be repeated")
     add("--disk-cache", choices=("none", "writeback"), default="writeback", help="none: O_DIRECT (%(default)s)")
+    add("--vif", action="append", default=[], metavar="SPEC", help="as xl: bridge=br0,rate=10Mb/s; can be repeated")
     add("--console", action="store_true", help="this terminal is the guest's console; ^] leaves it, the guest goes on")
     add("--grant-frames", type=int, default=32, choices=range(1, 65), metavar="1..64", help="(%(default)s)")
     add("--reboot", choices=("restart", "exit"), default="restart", help="what a reboot does (%(default)s)")
@@ -172,11 +175,27 @@ def guest_of(args: argparse.Namespace, disks: tuple[Disk, ...]) -> Guest:
         memory=args.memory,
         vcpus=args.vcpus,
         disks=disks,
+        # with a MAC address that stays over reboots
+        vifs=tuple(str(vifspec.parse(text)) for text in args.vif),
+        attach_vif=functools.partial(attach_vif, args.socket, args.domid),
         grant_frames=args.grant_frames,
         uuid=args.uuid.bytes,
         timeout=args.timeout,
         resume=args.resume,
     )
+
+
+def attach_vif(socket: Path, domid: int, spec: str) -> None:
+    """At the operator's socket, which is beside the VMMs'. OperatorError in the daemon's words."""
+    done = subprocess.run(
+        [*_evtchnctl(socket), "network-attach", str(domid), spec], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise OperatorError(f"--vif: {done.stderr.strip().removeprefix('evtchnctl: ')}")
+
+
+def _evtchnctl(socket: Path) -> list[str]:
+    return [sys.executable, "-m", "evtchnd.cli.evtchnctl", "--runtime-dir", os.fspath(socket.parent)]
 
 
 def pause_after(lived: float, last: float) -> float:
@@ -187,8 +206,7 @@ def pause_after(lived: float, last: float) -> float:
 @contextlib.contextmanager
 def _console(guest: Guest) -> Iterator[None]:
     """`evtchnctl console` in this terminal, as long as the guest runs or until ^]."""
-    command = [sys.executable, "-m", "evtchnd.cli.evtchnctl", "--runtime-dir", os.fspath(guest.socket.parent)]
-    child = subprocess.Popen([*command, "console", str(guest.domid)])
+    child = subprocess.Popen([*_evtchnctl(guest.socket), "console", str(guest.domid)])
     try:
         yield
     finally:

@@ -69,7 +69,10 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What is to run, and for how long a daemon that has gone is waited for."""
+    """What is to run, and for how long a daemon that has gone is waited for.
+
+    attach_vif: attaches one of `vifs` to the domain, which is introduced and not started; EvtchndError
+    """
 
     socket: Path
     domid: int
@@ -80,6 +83,8 @@ class Guest:
     memory: int = 512 << 20
     vcpus: int = 1
     disks: tuple[Disk, ...] = ()
+    vifs: tuple[str, ...] = ()
+    attach_vif: Callable[[str], None] = lambda _: None
     grant_frames: int = 32
     uuid: bytes = bytes(16)
     timeout: float = 30.0
@@ -365,6 +370,8 @@ class MicroVm:
             self._hvm_op.offer({HvmParam.CONSOLE_PFN: CONSOLE_GFN, HvmParam.CONSOLE_EVTCHN: CONSOLE_PORT})
         for disk in guest.disks:
             client.disk(disk.devid, disk.vdev, disk.fd, readonly=disk.readonly, cdrom=disk.cdrom)
+        for vif in guest.vifs if not resumed else ():
+            guest.attach_vif(vif)
         client.start()
 
     def _soft_reset(self) -> None:

@@ -61,13 +61,14 @@ def guest(suite: str) -> int:
 
 
 def guests() -> None:
-    """JSON: {"qemu": command line's beginning, "guests": {suite: {release, kernel, initramfs, root}}}."""
+    """JSON: {"qemu", "iperf3": command lines' beginnings, "guests": {suite: {release, kernel, initramfs, root}}}."""
     lab = prepare.find()
     share = lab.tree / "usr/share"
     firmware = ("-L", f"{share}/qemu", "-L", f"{share}/seabios")
     found = {suite: guestimage.find(lab, suite) for suite in guestimage.SUITES}
     told = {suite: {name: str(value) for name, value in vars(guest).items()} for suite, guest in found.items()}
-    print(json.dumps({"qemu": lab.program("usr/bin/qemu-system-x86_64", *firmware), "guests": told}))
+    programs = {"qemu": lab.program("usr/bin/qemu-system-x86_64", *firmware), "iperf3": lab.program("usr/bin/iperf3")}
+    print(json.dumps({**programs, "guests": told}))
 
 
 def main() -> int:

@@ -29,9 +29,11 @@ SUITE = "trixie"
 PACKAGES = [
     "busybox-static",
     "e2fsprogs",
+    "ethtool",
     "fio",
     "iperf3",
     "iproute2",
+    "iputils-ping",
     "kmod",
     "libatomic1",
     "linux-image-amd64",
