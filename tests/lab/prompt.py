@@ -18,6 +18,7 @@ from lab import guestimage, prepare, terminal  # noqa: E402
 
 DOMID = 1
 REBOOT_S = 60.0
+HOST, GUEST = "10.0.0.1", "10.0.0.2"
 
 
 def main() -> int:
@@ -35,11 +36,16 @@ def main() -> int:
             file.truncate(1 << 30)
         daemon = Daemon(Path(folder))
         append = f"console=hvc0 quiet root=/dev/xvda GUEST_ROWS={arguments.rows} GUEST_COLUMNS={arguments.columns}"
+        append += f" GUEST_ADDRESS={GUEST}/24"
+        for command in ("link add br0 type bridge", f"address add {HOST}/24 dev br0", "link set br0 up"):
+            subprocess.run(["ip", *command.split()], check=True)
         command = [sys.executable, "-m", "evtchnd.vmm.micro", "--socket", str(daemon.runtime / "vmm.sock")]
         command += ["--kernel", str(guest.kernel), "--initrd", str(guest.initramfs), "--append", append]
         command += ["--domid", str(DOMID), "--name", arguments.suite, "--vcpus", "2"]
         command += ["--disk", f"vdev=xvda,target={root}", "--disk", f"vdev=xvdb,target={data}"]
+        command += ["--vif", "mac=00:16:3e:00:00:02,bridge=br0"]
         say(line, f"evtchnd serves. evtchnd-micro starts Debian {arguments.suite}, Linux {guest.release}.")
+        say(line, f"Its eth0 is {GUEST}, on a bridge of this machine, which is {HOST} there.")
         micro = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=line, stderr=line)
         try:
             while comes(daemon, micro):
