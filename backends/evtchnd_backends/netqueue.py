@@ -61,8 +61,8 @@ class Queue:
         self._watch: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
 
-    def map(self, where: netif.Queue, rings: netif.Rings) -> None:
-        """The rings' pages. GuestError."""
+    def map(self, where: netif.Queue, rings: netif.Rings, *, again: bool) -> None:
+        """The rings' pages. `again`: an earlier worker served them, and may have died at it. GuestError."""
         device = self._device
         for gref in (where.tx_gref, where.rx_gref):
             self._pages.append(device.grants.map(gref, write=True))
@@ -71,6 +71,9 @@ class Queue:
         self.rx = RxRing(device.grants, self._pages[1], most_bytes=self.frame(gso), gso=gso, sg=rings.sg)
         self._mapped = True
         self.tx.multicast = self._vif.multicast
+        if again:
+            self.tx.unpin_left()
+            self.rx.unpin_left()
 
     def frame(self, gso: bool) -> int:
         """The longest frame that the TAP has for the guest."""

@@ -32,6 +32,8 @@ cdef class RxRing:
 
     @cython.locals(prod=uint32_t, waiting=uint32_t)
     cdef uint32_t free(self) except? 0xFFFFFFFF
+    @cython.locals(waiting=uint32_t, i=uint32_t)
+    cpdef void unpin_left(self) except *
     @cython.locals(waiting=uint32_t, at=Py_ssize_t, usable=int)
     cdef int fill(self) except -1
     @cython.locals(each=int)

@@ -149,6 +149,20 @@ class RxRing:
         self.seen = prod
         return waiting
 
+    def unpin_left(self) -> None:
+        """A worker that died had pinned pages ahead: every page that the guest has posted is its own again.
+
+        Its marks are in the guest's entries, which nobody else can clear. GuestError as `free`.
+        """
+        waiting = self.free()
+        for i in range(waiting):
+            self.area.take(64 + (u32(self.rsp_prod + i) & 255) * 8, self.entry.p, 0, 8)
+            try:
+                self.grants.pin_page(get32(self.entry.p, 4), True)
+            except GuestError:
+                continue
+            self.grants.unpin_page(get32(self.entry.p, 4), True)
+
     def fill(self) -> int:
         """Take pages ahead, 64 at most; -> how many usable ones follow one another from the first."""
         waiting = self.free()

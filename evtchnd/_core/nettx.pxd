@@ -27,6 +27,8 @@ cdef class TxRing:
 
     @cython.locals(prod=uint32_t, waiting=uint32_t)
     cdef Py_ssize_t available(self) except -1
+    @cython.locals(waiting=Py_ssize_t, i=uint32_t)
+    cpdef void unpin_left(self) except *
     @cython.locals(waiting=Py_ssize_t, done=Py_ssize_t, got=Py_ssize_t)
     cpdef Py_ssize_t run(self, int fd, Py_ssize_t most) except -1
     @cython.locals(start=uint32_t, total=int, used=int, extras=int, gso_type=int, gso_size=int, member=int, more=int, kind=int, drop=int, parts=int, rest=int, at=Py_ssize_t, size=int)

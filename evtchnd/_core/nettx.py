@@ -122,6 +122,21 @@ class TxRing:
             )
         return waiting
 
+    def unpin_left(self) -> None:
+        """A worker that died in a packet had pinned its pages: every request's page is the guest's own again.
+
+        Its marks are in the guest's entries, which nobody else can clear. An extra's first word is taken for a grant,
+        too: whatever that names is pinned and unpinned. GuestError as `available`.
+        """
+        waiting = self.available()
+        for i in range(waiting):
+            self.slot(0, u32(self.req_cons + i))
+            try:
+                self.grants.pin_page(get32(self.taken.p, 0), False)
+            except GuestError:
+                continue
+            self.grants.unpin_page(get32(self.taken.p, 0), False)
+
     def run(self, fd: int, most: int) -> int:
         """Send at most `most` packets to the TAP `fd` (-1: there is none, all are dropped); how many were taken.
 
