@@ -65,6 +65,7 @@ def test_what_is_not_there(kernel: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert f"module {none}: No such" in said(capsys, "--kernel", kernel, "--module", f"{none} with arguments")
     assert f"disk xvda: {none}: No such" in said(capsys, "--kernel", kernel, "--disk", f"{none},raw,xvda,rw")
     assert "qcow2" in said(capsys, "--kernel", kernel, "--disk", f"{none},qcow2,xvda,rw")
+    assert "'brigde' is no key of a vif" in said(capsys, "--kernel", kernel, "--vif", "brigde=br0")
     assert "domid 32752: 1 to 32751" in said(capsys, "--kernel", kernel, "--domid", 0x7FF0)
 
 

@@ -6,6 +6,8 @@ What a real guest does with it: tests/lab/test_micro.py.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import struct
 import threading
@@ -17,7 +19,7 @@ import pytest
 
 from daemonprocess import DaemonProcess, until
 from evtchnd.abi import DOMID_SELF, Evtchnop
-from evtchnd.errors import HostError
+from evtchnd.errors import HostError, OperatorError
 from evtchnd.vmm import kvm, kvm_kernel, kvm_machine, micro
 from evtchnd.vmm.client import Disconnected, Refused
 from evtchnd.vmm.elf import Image, Segment
@@ -129,6 +131,19 @@ def test_a_guest_that_reboots_over_and_over_is_held_back(
     assert '"boots": 4' in stats.json(ended)
     assert micro.pause_after(3, 0.8) == micro.pause_after(3, 1.0) == 1.0
     assert micro.pause_after(3600, 1.0) == 0.0
+
+
+def test_vifs_are_attached_before_the_guest_runs(tmp_path: Path) -> None:
+    """One that is refused is a reason not to begin."""
+    attached: list[str] = []
+    it = dataclasses.replace(guest(tmp_path, TRIPLE), vifs=("a", "b"), attach_vif=attached.append)
+    with DaemonProcess(tmp_path) as daemon:
+        with MicroVm(it, print):
+            assert attached == ["a", "b"]
+        attach = functools.partial(micro.attach_vif, it.socket, it.domid)
+        with pytest.raises(OperatorError, match=r"^--vif: .*control.sock: no evtchnd serves there"):
+            MicroVm(dataclasses.replace(it, vifs=("script=none",), attach_vif=attach), print)
+        until(lambda: daemon.call("list") == [], "the domain stays")
 
 
 # ---- the daemon --------------------------------------------------------------------------------------------------

@@ -109,6 +109,17 @@ class EvtchndGuest:
             self._socket.close()
         self.booted(seconds)
 
+    def rejoined(self, seconds: float) -> None:
+        """Connects to the console anew: the worker that served it has gone, the guest has not. HostError."""
+        if self._socket is not None:
+            self._socket.close()
+        self._connect(seconds)
+        # what the console has said before comes again
+        mark = f"@@ again {time.monotonic_ns()}"
+        self.console.send(f"echo {mark}")
+        self.console.wait(mark, seconds)
+        self.console.status(seconds)
+
     def _connect(self, seconds: float) -> None:
         """To the console, as soon as the domain is there."""
         end = time.monotonic() + seconds

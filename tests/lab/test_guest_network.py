@@ -61,7 +61,7 @@ def test_what_the_frontend_negotiated(wire: Wire) -> None:
         assert re.search(rf"^\s*{feature}: on", features, re.MULTILINE), features
     told = wire.vif()
     assert (told["link"], told["carrier"], told["bridge"], told["counters"]["queues"]) == ("up", True, "br0", VCPUS)
-    channels = [what for what in guest.interrupts() if "eth0-q" in what]
+    channels = [what for what in guest.interrupts() if re.search(r"-q\d-[tr]x\b", what)]
     assert len(channels) == 2 * VCPUS
     # queues that nobody uses are detached
     assert "numqueues 2" in wire.here.link("vif1.0").replace("numtxqueues", "")
@@ -69,7 +69,7 @@ def test_what_the_frontend_negotiated(wire: Wire) -> None:
 
 def test_ping(wire: Wire) -> None:
     """Sizes around pages and fragments, both ways."""
-    for size in (0, 1, 56, 1400, 1472, 1473, 4000, 8000, 20000, 65000):
+    for size in (0, 56, 1472, 1473, 4000, 20000, 65000):
         wire.guest.run(f"ping -c2 -i0.01 -q -s {size} {FAR}")
         wire.far_run("usr/bin/ping", "-c2", "-i0.01", "-q", "-s", str(size), GUEST)
 
@@ -89,9 +89,8 @@ def test_ping_flood(wire: Wire) -> None:
 def test_every_processor_sends(wire: Wire) -> None:
     """Each queue is used, both ways."""
     with wire.counted() as gained:
-        for number in range(8):
-            wire.iperf("-n", "256K", "--cport", str(40000 + number))
-            wire.iperf("-n", "256K", "-R", "--cport", str(41000 + number))
+        wire.iperf("-n", "2M", "-P", "8")
+        wire.iperf("-n", "2M", "-P", "8", "-R")
     for number in range(VCPUS):
         assert gained[f"queue-{number}/tx_packets"] > 0
         assert gained[f"queue-{number}/rx_packets"] > 0
@@ -113,13 +112,23 @@ def test_tcp_at_full_offload(wire: Wire, family: str) -> None:
 
 
 def test_udp(wire: Wire) -> None:
+    """What is too much is lost, and by nobody in between: netback and netfront have counted the same packets."""
+    guest = wire.guest
     size = scaled(100, least=4) * MIB
-    for way in ("tx", "rx"):
+
+    def apart() -> list[int]:
+        counters = wire.counters()
+        theirs = guest.run("cat /sys/class/net/eth0/statistics/[rt]x_packets").split()
+        return [counters[f"{way}_packets"] - int(count) for way, count in zip(("rx", "tx"), theirs, strict=True)]
+
+    before = apart()
+    for way in ([], ["-R"]):
         with wire.counted() as gained:
-            end = wire.iperf("-u", "-b", "40M", "-l", "1400", "-n", str(size), *(["-R"] if way == "rx" else []))
-        assert end["sum"]["bytes"] >= size
-        assert gained[f"{way}_packets"] >= size // 1400 - end["sum"]["lost_packets"]
-        assert end["sum"]["lost_packets"] < end["sum"]["packets"] / 2
+            end = wire.iperf("-u", "-b", "20M", "-l", "1400", "-n", str(size), *way)
+        arrived = end["sum"]["packets"] - end["sum"]["lost_packets"]
+        assert arrived > 0
+        assert gained["rx_packets" if way else "tx_packets"] >= arrived
+        until(lambda: apart() == before)
 
 
 def test_tcp_both_ways_at_once(wire: Wire) -> None:
@@ -156,8 +165,8 @@ def test_jumbo_frames(wire: Wire) -> None:
         # one by one, too: frames of three pages
         guest.run("ethtool -K eth0 tso off gso off")
         with wire.counted() as gained:
-            wire.iperf("-n", "8M")
-            wire.iperf("-n", "8M", "-R")
+            wire.iperf("-n", "2M")
+            wire.iperf("-n", "2M", "-R")
         assert 3000 < gained["tx_bytes"] / gained["tx_packets"] < 9100
     finally:
         guest.run("ethtool -K eth0 tso on gso on")
@@ -180,7 +189,7 @@ def test_dhcp(wire: Wire) -> None:
     try:
         with wire.started("usr/bin/busybox", "udhcpd", "-f", str(folder / "dhcp")):
             guest.run("busybox udhcpc -i eth0 -n -q -t 20 -s /tmp/bound 2>&1", 60)
-        assert "10.88.0.77/24" in guest.run("ip -4 address show dev eth0")
+        assert "10.88.0.77/24" in guest.run("ip -4 address show dev eth0 | cat")
         wire.reaches()
     finally:
         guest.run("ip address flush dev eth0")
@@ -274,6 +283,8 @@ def test_the_worker_dies(wire: Wire) -> None:
         pid = guest.call("Info")["worker"]["pid"]
         os.kill(pid, signal.SIGKILL)
         until(lambda: guest.call("Info")["worker"]["pid"] not in (0, pid))
+        assert guest.vmm is not None
+        guest.vmm.rejoined(patient(20))
         guest.run("wait $job", 60)
     wire.reaches()
 

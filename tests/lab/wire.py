@@ -27,7 +27,7 @@ VIF = "/local/domain/1/device/vif/0"
 BACKEND = "/local/domain/0/backend/vif/1/0"
 PORT = 5201
 # What of a guest's kernel should never be seen.
-_COMPLAINTS = "BUG|Oops|WARNING|still in use|Invalid|too many|Bad rx|rx->offset|Missing extra|partial"
+_COMPLAINTS = "BUG|Oops|WARNING|still in use|vif vif-|blocked for more"
 
 
 class Wire:
