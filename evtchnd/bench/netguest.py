@@ -155,7 +155,8 @@ def one_round(
     with contextlib.ExitStack() as stack:
         guests: dict[str, Side] = {}
         for side in order:
-            guests[side] = stack.enter_context(_booted(starts[side]))
+            guests[side] = _booted(starts[side])
+            stack.push(guests[side])
             _, far, near, _ = PLACES[side]
             guests[side].console.run(
                 f"ip address add {near}/24 dev eth0; ip link set eth0 up; "
