@@ -218,7 +218,7 @@ def _iperf(one: Side, far: str, options: str, server: list[str], seconds: float)
     with _listening(server), _spending(one) as spent:
         done = one.console.run_json(f"iperf3 -J -c {far} -p {PORT} -t {seconds:g} {options}", JOB_S)
     end = done["end"]
-    arrived = end.get("sum_received", end["sum"])
+    arrived = end.get("sum_received") or end.get("sum") or {"bytes": 0}
     if "error" in done or not arrived["bytes"]:
         raise HostError(f"iperf3: {done.get('error', 'nothing has arrived')}: {end}")
     mib = arrived["bytes"] / (1 << 20)

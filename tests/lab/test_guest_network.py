@@ -103,11 +103,12 @@ def test_tcp_at_full_offload(wire: Wire, family: str) -> None:
     size = scaled(400, least=8) * MIB
     with wire.counted() as sent:
         end = wire.iperf("-n", str(size), to=to)
-    assert end["sum_received"]["bytes"] >= size
+    # how much of it had been read when the sender was through depends
+    assert end["sum_sent"]["bytes"] >= size
     assert sent["tx_bytes"] / sent["tx_packets"] > SUPER
     with wire.counted() as received:
         end = wire.iperf("-n", str(size), "-R", to=to)
-    assert end["sum_received"]["bytes"] >= size
+    assert end["sum_sent"]["bytes"] >= size
     assert received["rx_bytes"] / received["rx_packets"] > SUPER
 
 
