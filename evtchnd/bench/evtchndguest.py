@@ -35,7 +35,7 @@ class EvtchndGuest:
         folder: Path,
         *,
         kernel: Path,
-        initramfs: Path,
+        initramfs: Path | None,
         append: str,
         disks: Sequence[Disk],
         vifs: Sequence[str] = (),
@@ -49,7 +49,8 @@ class EvtchndGuest:
         self._stats = folder / f"stats{domid}.json"
         self._stats.unlink(missing_ok=True)
         command = [sys.executable, "-m", "evtchnd.vmm.micro", "--socket", str(daemon.runtime / "vmm.sock")]
-        command += ["--domid", str(domid), "--kernel", str(kernel), "--initrd", str(initramfs), "--append", append]
+        command += ["--domid", str(domid), "--kernel", str(kernel), "--append", append]
+        command += ["--initrd", str(initramfs)] if initramfs else []
         command += ["--memory", f"{memory_mib}M", "--vcpus", str(vcpus), "--stats-json", str(self._stats)]
         for disk in disks:
             access = "ro" if disk.readonly else "rw"

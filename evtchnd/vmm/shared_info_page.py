@@ -60,6 +60,14 @@ class SharedInfoPage:
             self._kernel.listen(True)
         return 0
 
+    def latch(self, long_mode: bool) -> None:
+        """It has the layout of a guest of that width from now on (Xen's hvm_latch_shinfo_size)."""
+        with self._channels.lock:
+            if self._xen.long_mode() != long_mode:
+                self._xen.set_long_mode(long_mode)
+            self._channels.ports.long_mode = long_mode
+            self._bits.resize(long_mode=long_mode)
+
     def _raise_late(self, before: int, content: bytes) -> None:
         """Events that came to the old page after it was copied."""
         now = self._physmap.read(before << PAGE_SHIFT, PAGE_SIZE)

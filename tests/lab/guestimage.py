@@ -41,6 +41,7 @@ PACKAGES = [
     "iperf3",
     "iproute2",
     "iputils-ping",
+    "kexec-tools",
     "kmod",
     "mount",
     "sed",
@@ -188,10 +189,7 @@ def _make_image(lab: Lab, files: Path, image: Path) -> None:
     size = sum(path.lstat().st_size + 4096 for path in files.rglob("*")) + FREE_BYTES
     with image.open("wb") as file:
         file.truncate(-(-size // (1 << 20)) << 20)
-    command = lab.program(
-        "usr/sbin/mke2fs", "-t", "ext4", "-q", "-F", "-m0", "-b", "4096", "-L", "root", "-d", str(files), str(image)
-    )
-    environment = os.environ | {"MKE2FS_CONFIG": str(lab.tree / "etc/mke2fs.conf")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LabMissing(f"mke2fs of a guest's root: {done.stderr.strip()}")
+    try:
+        lab.mkfs(image, "-m0", "-b", "4096", "-L", "root", "-d", str(files))
+    except subprocess.CalledProcessError as exc:
+        raise LabMissing(f"mke2fs of a guest's root: {exc.stderr.strip()}") from None

@@ -92,6 +92,12 @@ class Lab:
         loader = self.tree / "lib64/ld-linux-x86-64.so.2"
         return [str(loader), "--library-path", f"{libraries}:{libraries}/pulseaudio", str(self.tree / name), *arguments]
 
+    def mkfs(self, image: Path, *options: str) -> None:
+        """An ext4 file system, by the tree's mke2fs. CalledProcessError, with what it said."""
+        command = self.program("usr/sbin/mke2fs", "-t", "ext4", "-q", "-F", *options, str(image))
+        environment = os.environ | {"MKE2FS_CONFIG": str(self.tree / "etc/mke2fs.conf")}
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+
 
 class Machine:
     """One boot that runs one command; a context manager that ends with QEMU dead and its files gone."""
@@ -154,11 +160,7 @@ class Machine:
         disk = self.folder / "images"
         with disk.open("wb") as file:
             file.truncate(size)
-        subprocess.run(
-            self.lab.program("usr/sbin/mkfs.ext4", "-q", "-F", "-m0", "-E", "nodiscard", str(disk)),
-            env=os.environ | {"MKE2FS_CONFIG": str(self.lab.tree / "etc/mke2fs.conf")},
-            check=True,
-        )
+        self.lab.mkfs(disk, "-m0", "-E", "nodiscard")
         return disk
 
     def _start(self, memory: int, cpus: int, disk: Path) -> subprocess.Popen[bytes]:

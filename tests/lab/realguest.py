@@ -27,14 +27,27 @@ APPEND = (
 
 
 class RealGuest:
-    """Booted. xvda is its root file system, xvdb 256 MiB that are nobody's; both images lie in `folder`."""
+    """Booted. xvda is its root file system, xvdb 256 MiB that are nobody's; both images lie in `folder`.
 
-    def __init__(self, suite: str, folder: Path) -> None:
+    `loader`: what the VMM starts instead of the guest's kernel, with no command line; it has been told by `installed`,
+    which gets the root file system before the first boot.
+    """
+
+    def __init__(
+        self,
+        suite: str,
+        folder: Path,
+        *,
+        loader: Path | None = None,
+        installed: Callable[[RealGuest], None] = lambda guest: None,
+    ) -> None:
         self.lab = prepare.find()
         self.image = guestimage.find(self.lab, suite)
         self.folder = folder
         self.root, self.data = folder / "xvda", self.disk("xvdb", 256 * MIB)
         subprocess.run(["cp", "--sparse=always", self.image.root, self.root], check=True)
+        self._loader = loader
+        installed(self)
         self.daemon = Daemon(folder, f"[limits]\ndetach_s = {patient(10)}\n", start_s=patient(10))
         self.vmm: EvtchndGuest | None = None
         try:
@@ -47,9 +60,9 @@ class RealGuest:
         self.vmm = EvtchndGuest(
             self.daemon,
             self.folder,
-            kernel=self.image.kernel,
-            initramfs=self.image.initramfs,
-            append=APPEND,
+            kernel=self._loader or self.image.kernel,
+            initramfs=None if self._loader else self.image.initramfs,
+            append="" if self._loader else APPEND,
             disks=[Disk("xvda", self.root), Disk("xvdb", self.data)],
             memory_mib=512,
             vcpus=VCPUS,
