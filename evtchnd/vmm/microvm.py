@@ -198,6 +198,7 @@ class MicroVm:
             self._ram,
             guest.vcpus,
             self._vcpu_op.registered,
+            Memory(f"{guest.name} shared_info", PAGE_SIZE, undo),
         )
         self.hypercalls = Hypercalls(
             self._label,
