@@ -1,7 +1,7 @@
 """Where a guest has its shared_info: in a page of its RAM, which it names and may change, in a hole, or nowhere.
 
-Linux and GRUB give it a page of their own, the PV shim a frame that was nothing's. A vCPU that has registered no vcpu_info
-of its own has the one in that page.
+Linux and GRUB give it a page of their own, the PV shim a frame that was nothing's. A vCPU that has registered no
+vcpu_info of its own has the one in that page.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,21 @@ APPEND = (
 )
 
 
+@dataclass(frozen=True)
+class Start:
+    """`modules`: files, each with its command line behind a blank."""
+
+    kernel: Path
+    append: str = ""
+    initramfs: Path | None = None
+    modules: Sequence[str] = ()
+
+
 class RealGuest:
     """Booted. xvda is its root file system, xvdb 256 MiB that are nobody's; both images lie in `folder`.
 
-    `loader`: what the VMM starts instead of the guest's kernel, with no command line; it has been told by `installed`,
-    which gets the root file system before the first boot.
+    `start`: what the VMM starts instead of the guest's own kernel and initramfs; `installed` gets the root file system
+    before the first boot.
     """
 
     def __init__(
@@ -38,7 +49,7 @@ class RealGuest:
         suite: str,
         folder: Path,
         *,
-        loader: Path | None = None,
+        start: Start | None = None,
         installed: Callable[[RealGuest], None] = lambda guest: None,
     ) -> None:
         self.lab = prepare.find()
@@ -46,7 +57,7 @@ class RealGuest:
         self.folder = folder
         self.root, self.data = folder / "xvda", self.disk("xvdb", 256 * MIB)
         subprocess.run(["cp", "--sparse=always", self.image.root, self.root], check=True)
-        self._loader = loader
+        self._start = start or Start(self.image.kernel, APPEND, self.image.initramfs)
         installed(self)
         self.daemon = Daemon(folder, f"[limits]\ndetach_s = {patient(10)}\n", start_s=patient(10))
         self.vmm: EvtchndGuest | None = None
@@ -60,9 +71,10 @@ class RealGuest:
         self.vmm = EvtchndGuest(
             self.daemon,
             self.folder,
-            kernel=self._loader or self.image.kernel,
-            initramfs=None if self._loader else self.image.initramfs,
-            append="" if self._loader else APPEND,
+            kernel=self._start.kernel,
+            initramfs=self._start.initramfs,
+            append=self._start.append,
+            modules=self._start.modules,
             disks=[Disk("xvda", self.root), Disk("xvdb", self.data)],
             memory_mib=512,
             vcpus=VCPUS,
