@@ -37,7 +37,6 @@ class EvtchndGuest:
         kernel: Path,
         initramfs: Path | None,
         append: str,
-        modules: Sequence[str] = (),
         disks: Sequence[Disk],
         vifs: Sequence[str] = (),
         memory_mib: int,
@@ -52,8 +51,6 @@ class EvtchndGuest:
         command = [sys.executable, "-m", "evtchnd.vmm.micro", "--socket", str(daemon.runtime / "vmm.sock")]
         command += ["--domid", str(domid), "--kernel", str(kernel), "--append", append]
         command += ["--initrd", str(initramfs)] if initramfs else []
-        for module in modules:
-            command += ["--module", module]
         command += ["--memory", f"{memory_mib}M", "--vcpus", str(vcpus), "--stats-json", str(self._stats)]
         for disk in disks:
             access = "ro" if disk.readonly else "rw"

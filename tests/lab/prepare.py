@@ -42,7 +42,6 @@ PACKAGES = [
     "python3",
     "python3-venv",
     "qemu-system-x86",
-    "xen-utils-4.20",
     "xenstore-utils",
 ]
 MODULES = ["9p", "9pnet_virtio", "overlay", "crc32c_generic", "ext4", "virtio_blk", "virtio_pci", "kvm_amd"]

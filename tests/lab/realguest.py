@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,9 @@ APPEND = (
 
 @dataclass(frozen=True)
 class Start:
-    """`modules`: files, each with its command line behind a blank."""
-
     kernel: Path
     append: str = ""
     initramfs: Path | None = None
-    modules: Sequence[str] = ()
 
 
 class RealGuest:
@@ -74,7 +71,6 @@ class RealGuest:
             kernel=self._start.kernel,
             initramfs=self._start.initramfs,
             append=self._start.append,
-            modules=self._start.modules,
             disks=[Disk("xvda", self.root), Disk("xvdb", self.data)],
             memory_mib=512,
             vcpus=VCPUS,

@@ -1,8 +1,7 @@
-"""Kernels that evtchnd-micro does not start itself: from the guest's own disk by GRUB, in Xen's shim, by kexec."""
+"""Kernels that evtchnd-micro does not start itself: from the guest's own disk by GRUB, and the next by kexec."""
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from lab import guestimage, prepare
-from lab.realguest import APPEND, MIB, VCPUS, RealGuest, Start
+from lab.realguest import APPEND, VCPUS, RealGuest, Start
 
 pytestmark = pytest.mark.timeout(120)
 GRUB = "usr/lib/grub-xen/grub-i386-xen_pvh.bin"
-SHIM = "usr/lib/xen-4.20/boot/xen-shim"
 GRUB_CFG = f"""\
 set timeout=0
 menuentry Debian {{
@@ -47,17 +45,6 @@ def by_grub(request: pytest.FixtureRequest, images: Path) -> Iterator[RealGuest]
     found.close()
 
 
-@pytest.fixture(params=guestimage.SUITES)
-def by_shim(request: pytest.FixtureRequest, images: Path) -> Iterator[RealGuest]:
-    """A guest whose kernel is a PV one, inside Xen's shim, whose VMM knows nothing of PV."""
-    lab = prepare.find()
-    image = guestimage.find(lab, request.param)
-    modules = (f"{image.kernel} {APPEND}", str(image.initramfs))
-    found = RealGuest(request.param, images, start=Start(lab.tree / SHIM, "pv-shim console=xen,pv", modules=modules))
-    yield found
-    found.close()
-
-
 def test_grub(by_grub: RealGuest) -> None:
     """A 32-bit boot loader with drivers of its own, and a 64-bit kernel behind it that has timers on both CPUs."""
     assert by_grub.run("uname -r") == by_grub.image.release
@@ -67,21 +54,6 @@ def test_grub(by_grub: RealGuest) -> None:
     path = "/local/domain/1/device/vbd/51712"
     assert by_grub.xenstore("read", f"{path}/protocol") == "x86_64-abi"
     assert by_grub.xenstore("read", f"{path}/multi-queue-num-queues") == str(VCPUS)
-
-
-def test_pv_shim(by_shim: RealGuest) -> None:
-    """A PV kernel's rings are the shim's grants, its events go through both."""
-    assert by_shim.run("uname -r") == by_shim.image.release
-    assert by_shim.run("cat /sys/hypervisor/guest_type") == "PV"
-    assert by_shim.run("nproc") == str(VCPUS)
-    by_shim.run(
-        "head -c 4M /dev/urandom >/tmp/bytes; dd if=/tmp/bytes of=/dev/xvdb bs=64k oflag=direct 2>/dev/null", 60
-    )
-    hashed = by_shim.run("sha256sum </tmp/bytes").split()[0]
-    with by_shim.data.open("rb") as image:
-        assert hashlib.sha256(image.read(4 * MIB)).hexdigest() == hashed
-    by_shim.run("echo 3 >/proc/sys/vm/drop_caches")
-    assert by_shim.run("head -c 4M /dev/xvdb | sha256sum", 60).split()[0] == hashed
 
 
 def test_kexec(guest: RealGuest) -> None:
