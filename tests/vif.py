@@ -96,12 +96,20 @@ class World:
         return Netfront(self.host.domain, self.host.store, devid, **options)  # type: ignore[arg-type]
 
     def connect(self, front: Netfront) -> None:
-        """Connects, and waits until the kernel has seen the carrier: before that it drops what is for the guest."""
+        """Connects, and waits until the kernel has seen the carrier.
+
+        Before that it drops what is for the guest; its IPv6 addresses, and what is sent to them, come a little later.
+        """
         front.connect()
         name, deadline = f"vif7.{front.devid}", time.monotonic() + 20
-        while self.netns.ip("-br", "link", "show", name).split()[1] != "UP":
+        while not self._up(name):
             assert time.monotonic() < deadline, f"{name} is not up"
             time.sleep(0.005)
+
+    def _up(self, name: str) -> bool:
+        state = self.netns.ip("-br", "link", "show", name).split()[1]
+        route = self.netns.ip("-6", "route", "show", "table", "local", "dev", name)
+        return state == "UP" and (HOST6 in route or HOST6 not in self.netns.ip("-6", "addr", "show", "dev", name))
 
     def way(self, port: int = 7001, *, ipv6: bool = False) -> Way:
         """From the guest to the host's end."""
