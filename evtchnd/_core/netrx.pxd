@@ -2,7 +2,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 cimport cython
 from evtchnd._core.pins cimport Pins
 from evtchnd._core.words cimport (
-    Area, Mem, copy, fence, get8, get16, get32, get64, ld32, put8, put16, put32, put64, st32, sys_preadv, u32,
+    Area, Mem, copy, fence, get8, get16, get32, get64, ld32, put8, put16, put32, put64, st32, sys_preadv, sys_readable, u32,
 )
 
 
@@ -81,5 +81,6 @@ cdef class RxRing:
     cdef int give(self) except -1
     @cython.locals(new=uint32_t, old=uint32_t, event=uint32_t)
     cpdef bint push(self) except -1
+    cpdef bint waits(self, int fd) except -1
     cpdef bint arm(self) except -1
     cpdef bint pending(self) except -1

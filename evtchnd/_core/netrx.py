@@ -43,6 +43,7 @@ if not cython.compiled:
         put64,
         st32,
         sys_preadv,
+        sys_readable,
         u32,
     )
 
@@ -632,7 +633,7 @@ class RxRing:
             self.expired += 1
 
     def push(self) -> bool:
-        """Put the answers into the ring and publish them (the order is answers.py's); True: the guest wants to be notified."""
+        """Publish the answers, in the order of answers.py; True: the guest wants to be notified."""
         if self.closed:
             raise ValueError("the ring is closed")
         new = self.rsp_prod
@@ -646,6 +647,10 @@ class RxRing:
         event = ld32(self.area.p, 12)
         self.published = new
         return u32(new - event) < u32(new - old)
+
+    def waits(self, fd: int) -> bool:
+        """A cheap look: the TAP has a packet, or an error to tell."""
+        return sys_readable(fd)
 
     def arm(self) -> bool:
         """Ask for a kick at the next page; True: there is one that was not seen."""

@@ -437,7 +437,7 @@ class TxRing:
         return 0
 
     def push(self) -> bool:
-        """Put the answers into the ring and publish them (the order is answers.py's); True: the guest wants to be notified."""
+        """Publish the answers, in the order of answers.py; True: the guest wants to be notified."""
         if self.closed:
             raise ValueError("the ring is closed")
         new = self.rsp_prod
