@@ -1,8 +1,8 @@
 """One queue of a vif: a transmit and a receive ring, one or two event channels, one queue of the TAP.
 
-Whatever woke it (a kick, the loop's reader of the TAP, a poll that hit), a step serves both directions. Nothing is in
-flight between two steps. While the worker polls after one, it looks at the TAP, too: what answers the guest's packet is
-read without a turn of the loop.
+Both directions are stepped straight from what woke them: a kick or a poll that hit for what the guest sends, the loop's
+reader of the TAP, or a poll of it, for what it receives. Nothing is in flight between two steps. What the guest sends
+makes the other direction be polled, too, so that an answer is read without a turn of the loop.
 
 A guest that posts no pages stops its receive ring: the TAP is not read any more (its reader is taken out, so that it
 does not spin), the ring is armed and the guest's kick goes on with it; one that does not kick (no feature-rx-notify) is
@@ -56,7 +56,6 @@ class Queue:
         self._answers: Answers | None = None
         self._mapped = False
         self._pumps: list[asyncio.Future[None]] = []
-        self._failed = False
         self._reading = -1  # the descriptor that the loop reads
         self._writing = -1
         self._since = 0.0
@@ -88,10 +87,10 @@ class Queue:
         """Serves."""
         tx, rx = self.channels[0], self.channels[-1]
         if tx is rx:
-            self._drive(tx, self._both_pending, self._both_arm, failed)
+            self._drive(tx, self._both_pending, self._both_arm, failed, send=True, receive=True)
         else:
-            self._drive(tx, self._tx_pending, self._tx_arm, failed)
-            self._drive(rx, self._rx_pending, self._rx_arm, failed)
+            self._drive(tx, self._tx_pending, self._tx_arm, failed, send=True, receive=False)
+            self._drive(rx, self._rx_pending, self._rx_arm, failed, send=False, receive=True)
         self.read()
 
     def _drive(
@@ -100,31 +99,33 @@ class Queue:
         pending: Callable[[], bool],
         arm: Callable[[], bool],
         failed: Callable[[Exception], None],
+        *,
+        send: bool,
+        receive: bool,
     ) -> None:
         channel.watch(pending, arm)
-        pump = channel.drive(self._serve(channel))
+        pump = channel.drive(self._serve(channel, send=send, receive=receive))
         self._pumps.append(pump)
 
         def ended(pump: asyncio.Future[None]) -> None:
             error = None if pump.cancelled() else pump.exception()
-            if isinstance(error, Exception) and not self._failed:
-                self._failed = True  # the other channel's pump finds the same
+            if isinstance(error, Exception):
                 failed(error)
 
         pump.add_done_callback(ended)
 
-    async def _serve(self, channel: Channel) -> None:
+    async def _serve(self, channel: Channel, *, send: bool, receive: bool) -> None:
         """The pump: no wait but the one for work."""
-        tx, rx = self.channels[0], self.channels[-1]
         again = True  # an earlier worker may have died between its push and its notification
         while True:
-            sent = self._send()
-            received = self._receive()
-            if sent or again:
-                tx.notify()
-            if (received or again) and not (rx is tx and (sent or again)):
-                rx.notify()
-            again = False
+            due = send and self._send()
+            if receive:
+                due = self._receive() or due
+            if due or again:
+                channel.notify()
+                again = False
+            if not receive:
+                self.channels[-1].step()  # for the answer, which is looked for from now on
             await channel.kicked()
 
     # ---- guest to TAP
@@ -170,8 +171,7 @@ class Queue:
         self.channels[0].step()
 
     def _tx_pending(self) -> bool:
-        sends = self._out_of_credit is None and self._writing < 0 and self.tx.pending()
-        return sends or (self._reading >= 0 and self.rx.waits(self._reading))
+        return self._out_of_credit is None and self._writing < 0 and self.tx.pending()
 
     def _tx_arm(self) -> bool:
         return self._out_of_credit is None and self._writing < 0 and self.tx.arm()
@@ -188,7 +188,7 @@ class Queue:
 
     def _readable(self) -> None:
         self._device.poller.woken()
-        self.channels[0].step()
+        self.channels[-1].step()
 
     def silence(self) -> None:
         """Hears of them no more. Before the descriptor is closed."""
@@ -295,7 +295,10 @@ class Queue:
         self.read()
 
     def _rx_pending(self) -> bool:
-        return self.starved and self.rx.pending()
+        """Pages, when they were missed; else a packet."""
+        if self.starved:
+            return self.rx.pending()
+        return self._reading >= 0 and self.rx.waits(self._reading)
 
     def _rx_arm(self) -> bool:
         return self.starved and self.rx.arm()
