@@ -5,9 +5,9 @@ of each is a TAP with an address of its own in a network namespace, nothing in b
 both stay up while the jobs alternate between them, who goes first changing with every job and every round. The guest
 that does not run a job sleeps. `evtchnd-bench net` has this as its half of real guests (`fill`, `run_lab`).
 
-iperf3's client is in the guest, its server in the namespace. `rate`: what has arrived. Round trips: ping, adaptive, so
-that one packet is on its way at a time. CPU: as `evtchnd-bench guest` counts it, for each MiB; iperf3's start is in it,
-its server is not.
+iperf3's client is in the guest, its server in the namespace. `rate`: what has arrived. Round trips: ping, the next
+one as soon as its answer is there. CPU: as `evtchnd-bench guest` counts it, for each MiB; iperf3's start is in it, its
+server is not.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def _listening(server: list[str]) -> Iterator[None]:
 
 
 def _round_trips(one: Side, far: str) -> dict[str, float]:
-    said = one.console.run(f"ping -A -c {PINGS} {far}", JOB_S)
+    said = one.console.run(f"ping -i 0 -c {PINGS} {far}", JOB_S)
     times = sorted(float(found) * 1000 for found in re.findall(r"time=([0-9.]+) ms", said))
     if len(times) < PINGS * 0.9:
         raise HostError(f"{len(times)} answers to {PINGS} pings")
