@@ -30,7 +30,7 @@ from .tap import GONE
 if TYPE_CHECKING:
     from .vif import Vif
 
-# Packets before the other direction, and the guest, hear of it: a quarter of a ring, 64 packets of 64 KiB are 4 MiB.
+# Slots before the other direction, and the guest, hear of it: a quarter of a ring. It refills what it has back meanwhile.
 BATCH = 64
 # Linux' netback looks as often at a frontend that does not kick (its drain timeout then).
 LOOK_S = 0.03

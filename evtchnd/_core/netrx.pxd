@@ -26,6 +26,7 @@ cdef class RxRing:
     cdef Pins grants
     cdef object memory
     cdef bint closed
+    cdef int bad_ahead, small
     cdef Area area
     cdef Mem answers, pages, entry, buffer, iov, key, tuple
     cdef uint32_t published, seen
@@ -38,9 +39,7 @@ cdef class RxRing:
     cdef uint32_t free(self) except? 0xFFFFFFFF
     @cython.locals(waiting=uint32_t, at=Py_ssize_t, usable=int)
     cdef int fill(self) except -1
-    @cython.locals(each=int)
-    cdef int needed(self, int length, int extras) except -1
-    @cython.locals(done=Py_ssize_t, usable=int, spare=int, got=Py_ssize_t)
+    @cython.locals(done=Py_ssize_t, limit='long long', usable=int, spare=int, got=Py_ssize_t)
     cpdef Py_ssize_t run(self, int fd, Py_ssize_t most) except -1
     @cython.locals(usable=int)
     cpdef bint settle(self) except -1
@@ -54,10 +53,14 @@ cdef class RxRing:
     @cython.locals(length=int, extras=int, each=int, parts=int, done=int, part=int, i=int, index=uint32_t)
     cdef int deliver(self, int usable) except -1
     @cython.locals(address=uint64_t)
+    cdef int copy_in(self, Py_ssize_t at, uint32_t index, int start, int n) except -1
+    @cython.locals(address=uint64_t)
     cdef int copy_out(self, Py_ssize_t at, uint32_t index, int n) except -1
-    @cython.locals(each=int, parts=int, iov=cython.p_char, i=int, index=uint32_t, got=Py_ssize_t, length=int, address=uint64_t, extras=int)
-    cdef Py_ssize_t read(self, int fd, int spare) except? -4095
-    @cython.locals(done=int, part=int, i=int, source=uint64_t)
+    @cython.locals(each=int, spare=int, parts=int, iov=cython.p_char, n=int, end=uint64_t, i=int, index=uint32_t, address=uint64_t, got=Py_ssize_t, length=int, there=int, extras=int, part=int)
+    cdef Py_ssize_t read(self, int fd, int usable) except? -4095
+    @cython.locals(i=int, part=int, index=uint32_t)
+    cdef int take_back(self, int length, int parts, int spare, int each) except -1
+    @cython.locals(part=int, i=int)
     cdef int move_up(self, int length, int parts, int spare, int extras, int each) except -1
     @cython.locals(n=int)
     cdef int extras_of(self) except -1
@@ -69,9 +72,8 @@ cdef class RxRing:
     cdef int finish(self, int length, int parts, int extras) except -1
     @cython.locals(p=cython.p_char, start=int, kind=int, proto=int, at=int)
     cdef int plain(self) except -1
-    @cython.locals(address=uint64_t)
     cdef int peek(self, int at, int n) except -1
-    @cython.locals(start=int, field=int, each=int, total=uint64_t, done=int, i=int, part=int, index=uint32_t, address=uint64_t, k=int)
+    @cython.locals(start=int, field=int, each=int, total=uint64_t, done=int, i=int, part=int, index=uint32_t, k=int)
     cdef int complete(self, int length, int extras) except -1
     @cython.locals(p=cython.p_char, at=Py_ssize_t)
     cdef int extra(self, int kind, int flags, int value, uint32_t type) except -1

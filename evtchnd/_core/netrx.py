@@ -11,8 +11,9 @@ extra (a GSO packet's size of segments) has the slot behind the first one; how l
 of those, is only known when it has been read. So the vectors leave the slots of possible extras out, and a large packet
 without them is moved up (a jumbo frame's few pages; a GSO packet is never moved).
 
-If there are fewer pages than the largest packet needs, it is read into a buffer here, one a ring, and waits there until
-there are enough. So nothing is lost, and nothing piles up: what else comes waits in the TAP's own queue.
+A packet that is longer than what was offered to it ends in a buffer here, one a ring, and is copied; if there are too
+few pages for it, it waits there until there are enough. So nothing is lost, and nothing piles up: what else comes waits
+in the TAP's own queue.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ PAGE = 16
 class RxRing:
     """One receive ring, from the back. Not for several threads. Order of a pump: run, push (True: notify).
 
-    most_bytes: the longest frame expected, settable; longer ones are dropped, and the next such one fits
+    most_bytes: the longest frame expected, settable; longer ones are copied
     gso: the guest takes GSO packets, so that the slot behind the first one is kept for the extra
     headroom: bytes left free at the start of each page (XDP)
     sg: False: the guest takes no packet of several slots
@@ -127,6 +128,7 @@ class RxRing:
         self.key = Mem(bytearray(48))
         self.tuple = Mem(bytearray(40))
         self.closed = False
+        self.bad_ahead = self.small = 0
         self.stopped = self.tap_error = self.held = 0
         self.packets = self.bytes = self.slots = 0
         self.too_long = self.unwanted = self.moved = self.bad_grants = self.waited = self.expired = self.completed = 0
@@ -203,8 +205,11 @@ class RxRing:
                 put64(self.pages.p, at, self.grants.pin_page(get32(self.entry.p, 4), True))
             except GuestError as error:
                 put16(self.pages.p, at + 14, 1)
+                self.bad_ahead += 1
                 self.reason = str(error)
             self.req_cons = u32(self.req_cons + 1)
+        if self.bad_ahead == 0:
+            return u32(self.req_cons - self.rsp_prod)
         usable = 0
         while u32(self.rsp_prod + usable) != self.req_cons:
             at = (u32(self.rsp_prod + usable) & 255) * 16
@@ -212,23 +217,20 @@ class RxRing:
                 if usable:
                     break
                 self.bad_grants += 1
+                self.bad_ahead -= 1
                 self.answer(0, 0, -1)
             else:
                 usable += 1
         return usable
 
-    def needed(self, length: int, extras: int) -> int:
-        """Slots for a frame of `length` bytes."""
-        each = 4096 - self.headroom
-        return (length + each - 1) // each + extras
-
     def run(self, fd: int, most: int) -> int:
-        """Receive at most `most` packets from the TAP `fd`; how many were taken from it. GuestError as `fill`."""
+        """Receive packets from the TAP `fd`, `most` at most, until so many slots; how many it gave. GuestError as `free`."""
         if self.closed:
             raise ValueError("the ring is closed")
         self.stopped = 0
         done = 0
-        while done < most:
+        limit = self.slots + most
+        while done < most and self.slots < limit:
             if self.held and not self.settle():
                 break
             usable = self.fill()
@@ -247,13 +249,7 @@ class RxRing:
                     self.tap_error = -got
                 break
             self.hash_type = -1
-            spare = 1 if self.gso else 0
-            if self.headroom:
-                spare += 1
-            if usable < self.needed(self.most_bytes, spare):
-                got = self.read_aside(fd)
-            else:
-                got = self.read(fd, spare)
+            got = self.read(fd, usable)
             if got < 0:
                 self.stopped = 1 if got == -11 else 3
                 if got != -11:
@@ -384,6 +380,16 @@ class RxRing:
         self.finish(length, parts, extras)
         return 1
 
+    def copy_in(self, at: int, index: int, start: int, n: int) -> int:
+        """`n` bytes at `start` of a slot's page into the buffer."""
+        address = get64(self.pages.p, (index & 255) * 16) + self.headroom + start
+        if cython.compiled:
+            copy(self.buffer.p, at, cython.cast("const char *", address), 0, n)
+        else:
+            with self.memory.view_at(address, n) as view:
+                self.buffer.view[at : at + n] = view
+        return 0
+
     def copy_out(self, at: int, index: int, n: int) -> int:
         address = get64(self.pages.p, (index & 255) * 16) + self.headroom
         if cython.compiled:
@@ -393,67 +399,99 @@ class RxRing:
                 view[:] = self.buffer.view[at : at + n]
         return 0
 
-    def read(self, fd: int, spare: int) -> int:
-        """Read a packet into the guest's pages. What is longer than they are ends in the buffer, and is dropped."""
+    def read(self, fd: int, usable: int) -> int:
+        """Read a packet into the guest's pages, `usable` of which follow one another.
+
+        After some small packets one page is offered, else as many as the largest one takes: an offer has its price. What
+        is longer than the offer ends in the buffer, in its place behind what did not, and is copied.
+        """
         each = 4096 - self.headroom
-        parts = (self.most_bytes + each - 1) // each
+        spare = 1 if self.gso else 0
+        if self.headroom:
+            spare += 1
+        parts = 1
+        if self.small < 8:
+            parts = (self.most_bytes + each - 1) // each
+            if parts + spare > usable:
+                parts = usable - spare
+            if parts < 1:
+                parts = 1
         iov = self.iov.p
         put64(iov, 0, self.buffer.address + 4)
         put64(iov, 8, 12)
+        n = 1
+        end = 0
         for i in range(parts):
             index = self.rsp_prod if i == 0 else u32(self.rsp_prod + spare + i)
-            put64(iov, 16 * i + 16, get64(self.pages.p, (index & 255) * 16) + self.headroom)
-            put64(iov, 16 * i + 24, each)
-        put64(iov, 16 * parts + 16, self.buffer.address + 16)
-        put64(iov, 16 * parts + 24, 18 << 12)
+            address = get64(self.pages.p, (index & 255) * 16) + self.headroom
+            if cython.compiled and address == end:
+                put64(iov, 16 * n - 8, get64(iov, 16 * n - 8) + each)
+            else:
+                put64(iov, 16 * n, address)
+                put64(iov, 16 * n + 8, each)
+                n += 1
+            end = address + each
+        put64(iov, 16 * n, self.buffer.address + 16 + parts * each)
+        put64(iov, 16 * n + 8, (18 << 12) - parts * each)
         if cython.compiled:
-            got = sys_preadv(fd, self.iov.address, parts + 2, -1, 0)  # type: ignore[arg-type]
+            got = sys_preadv(fd, self.iov.address, n + 1, -1, 0)  # type: ignore[arg-type]
         else:
             views = [self.buffer.view[4:16]]
-            views += [self.memory.view_at(get64(iov, 16 * i), get64(iov, 16 * i + 8)) for i in range(1, parts + 1)]
-            got = sys_preadv(fd, [*views, self.buffer.view[16:]], parts + 2, -1, 0)
+            views += [self.memory.view_at(get64(iov, 16 * i), get64(iov, 16 * i + 8)) for i in range(1, n)]
+            got = sys_preadv(fd, [*views, self.buffer.view[16 + parts * each :]], n + 1, -1, 0)
         if got < 0:
             return got
         if got <= 12:
             return 0
         length = got - 12
-        if length > parts * each or not self.usual():
+        self.small = self.small + 1 if length <= each else 0
+        there = (length + each - 1) // each
+        if there > 18 or (there > 1 and not self.sg) or not self.usual():
             self.too_long += 1
-            if self.sg and self.most_bytes < length <= 65557:
-                self.most_bytes = length
             return 0
         address = get64(self.pages.p, (self.rsp_prod & 255) * 16) + self.headroom
         if self.groups is not None:
-            if cython.compiled:
-                copy(self.buffer.p, 16, cython.cast("const char *", address), 0, 8)
-            else:
-                with self.memory.view_at(address, 8) as view:
-                    self.buffer.view[16:24] = view
+            self.peek(0, 8)
             if not self.wanted(get64(self.buffer.p, 16)):
                 return 0
-        parts = (length + each - 1) // each
         extras = self.extras_of()
+        if parts > there:
+            parts = there
+        if there + extras > usable:
+            self.take_back(length, parts, spare, each)
+            return 0
         if parts > 1 and extras < spare:
             self.move_up(length, parts, spare, extras, each)
-        self.finish(length, parts, extras)
+        for i in range(parts, there):
+            part = length - i * each
+            self.copy_out(16 + i * each, u32(self.rsp_prod + extras + i), part if part < each else each)
+        self.finish(length, there, extras)
+        return 0
+
+    def take_back(self, length: int, parts: int, spare: int, each: int) -> int:
+        """There are too few pages for this packet: it waits in the buffer, where its end is already."""
+        self.waited += 1
+        for i in range(parts):
+            part = length - i * each
+            if part > each:
+                part = each
+            index = self.rsp_prod if i == 0 else u32(self.rsp_prod + spare + i)
+            self.copy_in(16 + i * each, index, 0, part)
+        self.held = length
         return 0
 
     def move_up(self, length: int, parts: int, spare: int, extras: int, each: int) -> int:
-        """There is no extra where one might have been: every further page's data goes that many slots ahead."""
+        """There is no extra where one might have been: every further page's data goes that many slots ahead.
+
+        By way of the buffer's start: its end may be the packet's.
+        """
         self.moved += 1
-        done = each
         for i in range(1, parts):
-            part = length - done
+            part = length - i * each
             if part > each:
                 part = each
-            source = get64(self.pages.p, (u32(self.rsp_prod + spare + i) & 255) * 16) + self.headroom
-            if cython.compiled:
-                copy(self.buffer.p, 16, cython.cast("const char *", source), 0, part)
-            else:
-                with self.memory.view_at(source, part) as view:
-                    self.buffer.view[16 : 16 + part] = view
+            self.copy_in(16, u32(self.rsp_prod + spare + i), 0, part)
             self.copy_out(16, u32(self.rsp_prod + extras + i), part)
-            done += part
         return 0
 
     def extras_of(self) -> int:
@@ -544,13 +582,7 @@ class RxRing:
 
     def peek(self, at: int, n: int) -> int:
         """`n` bytes at `at` of the first page, into the buffer behind the vnet header."""
-        address = get64(self.pages.p, (self.rsp_prod & 255) * 16) + self.headroom + at
-        if cython.compiled:
-            copy(self.buffer.p, 16, cython.cast("const char *", address), 0, n)
-        else:
-            with self.memory.view_at(address, n) as view:
-                self.buffer.view[16 : 16 + n] = view
-        return 0
+        return self.copy_in(16, self.rsp_prod, at, n)
 
     def complete(self, length: int, extras: int) -> int:
         """Compute the checksum that the packet lacks, where its vnet header says (in a tunnel, behind a VLAN tag).
@@ -571,12 +603,7 @@ class RxRing:
             if part > each:
                 part = each
             index = self.rsp_prod if i == 0 else u32(self.rsp_prod + extras + i)
-            address = get64(self.pages.p, (index & 255) * 16) + self.headroom
-            if cython.compiled:
-                copy(self.buffer.p, 16, cython.cast("const char *", address), 0, part)
-            else:
-                with self.memory.view_at(address, part) as view:
-                    self.buffer.view[16 : 16 + part] = view
+            self.copy_in(16, index, 0, part)
             k = start - done if start > done else 0
             while k < part:
                 total += get8(self.buffer.p, 16 + k) << (0 if (done + k - start) & 1 else 8)

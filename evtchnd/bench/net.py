@@ -2,7 +2,7 @@
 
 Both TAPs are in a network namespace that is made for it, with the same offloads; what the host does with a packet, and
 what it sends, is the same for both (netload.c). The limit (`c`) has no guest: it writes and reads the same packets
-itself, one writev or readv each. Guest and host share one CPU, the backend, or the limit, has another. CPU time is the
+itself, one write or read each, from and to memory in one piece. Guest and host share one CPU, the backend, or the limit, has another. CPU time is the
 backend process' own, all its threads.
 """
 
