@@ -76,6 +76,7 @@ class Queue:
         self.rx = RxRing(
             device.grants, rx, answers.rx, again=again, most_bytes=self.frame(gso), gso=gso, sg=rings.sg
         )
+        self.rx.headroom = rings.xdp_headroom
         self._mapped = True
         self.tx.multicast = self._vif.multicast
 

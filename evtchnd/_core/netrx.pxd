@@ -1,6 +1,7 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 cimport cython
 from evtchnd._core.pins cimport Pins
+from evtchnd._core.toeplitz cimport Toeplitz
 from evtchnd._core.words cimport (
     Area, Mem, copy, fence, get8, get16, get32, get64, ld32, put8, put16, put32, put64, st32, sys_preadv, sys_readable, u32,
 )
@@ -12,7 +13,7 @@ cdef class RxRing:
     cdef public bint gso, sg
     cdef public int headroom
     cdef public object groups
-    cdef public int hashing
+    cdef readonly Toeplitz hasher
     cdef readonly uint32_t hash_value
     cdef readonly int hash_type
     cdef readonly int stopped
@@ -28,7 +29,7 @@ cdef class RxRing:
     cdef bint closed
     cdef int bad_ahead, small
     cdef Area area
-    cdef Mem answers, pages, entry, buffer, iov, key, tuple
+    cdef Mem answers, pages, entry, buffer, iov
     cdef uint32_t published, seen
 
     @cython.locals(target=uint32_t, waiting=uint32_t, i=uint32_t)
@@ -44,10 +45,6 @@ cdef class RxRing:
     @cython.locals(usable=int)
     cpdef bint settle(self) except -1
     cpdef bint adopt(self, RxRing other) except -1
-    @cython.locals(p=cython.p_char, kind=int, at=Py_ssize_t, n=int, tcp=int)
-    cdef int hash(self) except -1
-    @cython.locals(value=uint32_t, window=uint64_t, low=uint64_t, i=int, byte=uint32_t, bit=int)
-    cdef int toeplitz(self, int n) except -1
     @cython.locals(got=Py_ssize_t)
     cdef Py_ssize_t read_aside(self, int fd) except? -4095
     @cython.locals(length=int, extras=int, each=int, parts=int, done=int, part=int, i=int, index=uint32_t)

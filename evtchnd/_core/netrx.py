@@ -25,6 +25,7 @@ try:
 except ImportError:
     from evtchnd._core import nocython as cython
 
+from evtchnd._core.toeplitz import Toeplitz
 from evtchnd.errors import GuestError
 
 if not cython.compiled:
@@ -63,7 +64,7 @@ BUFFER = 12 + 4 + (18 << 12)
 EMPTY = 1  # the TAP has no packet
 NO_SLOTS = 2  # the guest has to post pages
 TAP_ERROR = 3  # tap_error tells
-STEER = 4  # with `hashing`: one packet was read, `hash_value` says where it belongs: `run` again, or another's `adopt`
+STEER = 4  # with `hasher`: one packet was read, `hash_value` says where it belongs: `run` again, or another's `adopt`
 
 # A page that was taken: u64 address | u32 gref | u16 id | u16 bad (its grant was refused)
 PAGE = 16
@@ -82,7 +83,7 @@ class RxRing:
     completed (checksums that had to be computed here)
     groups: None, or a set of the multicast addresses (bytes) that the guest wants
     held: bytes of the packet that waits, 0: none
-    hashing: XEN_NETIF_CTRL_HASH_TYPE_* bits: each packet is read aside, and hashed with the key of `set_key`
+    hasher: while it has `kinds`, each packet is read aside and hashed
     hash_value, hash_type: of the packet that waits; type 0 to 3 (_XEN_NETIF_CTRL_HASH_TYPE_*), -1: it has none
     """
 
@@ -109,7 +110,7 @@ class RxRing:
         req_cons: int
         rsp_prod: int
         groups: Any
-        hashing: int
+        hasher: Toeplitz
         hash_value: int
         hash_type: int
 
@@ -123,10 +124,9 @@ class RxRing:
         self.sg = sg
         self.headroom = 0
         self.groups = None
-        self.hashing = self.hash_value = 0
+        self.hasher = Toeplitz()
+        self.hash_value = 0
         self.hash_type = -1
-        self.key = Mem(bytearray(48))
-        self.tuple = Mem(bytearray(40))
         self.closed = False
         self.bad_ahead = self.small = 0
         self.stopped = self.tap_error = self.held = 0
@@ -237,10 +237,11 @@ class RxRing:
             if usable == 0:
                 self.stopped = 2
                 break
-            if self.hashing:
+            if self.hasher.kinds:
                 got = self.read_aside(fd)
                 if got >= 0:
-                    self.hash()
+                    self.hash_type = self.hasher.hash(self.buffer.p, 16, self.held)
+                    self.hash_value = self.hasher.value
                     self.stopped = 4
                     done += 1
                     break
@@ -271,11 +272,6 @@ class RxRing:
                     self.answer(0, 0, -1)
         return True
 
-    def set_key(self, key: Any) -> None:
-        """40 bytes of a Toeplitz key."""
-        for i in range(48):
-            put8(self.key.p, i, key[i] if i < len(key) else 0)
-
     def adopt(self, other: RxRing) -> bool:
         """Take the packet that waits at `other`, by taking its buffer. False: one waits here already."""
         if self.held:
@@ -284,60 +280,6 @@ class RxRing:
         self.held, self.hash_value, self.hash_type = other.held, other.hash_value, other.hash_type
         other.held = 0
         return True
-
-    def hash(self) -> int:
-        """The hash of the packet that waits, over addresses, and ports where it is TCP and no fragment."""
-        p = self.buffer.p
-        self.hash_type = -1
-        self.hash_value = 0
-        kind = get8(p, 28) << 8 | get8(p, 29)
-        at = 0
-        n = 0
-        tcp = 0
-        if kind == 0x0800 and self.held >= 34 and self.hashing & 3:
-            at = 30 + ((get8(p, 30) & 15) << 2)
-            n = 8
-            if get8(p, 39) == 6 and not (get8(p, 36) & 0x3F or get8(p, 37)):
-                tcp = self.hashing & 2
-            elif not self.hashing & 1:
-                return 0
-            copy(self.tuple.p, 0, p, 42, 8)
-            self.hash_type = 1 if tcp else 0
-        elif kind == 0x86DD and self.held >= 54 and self.hashing & 12:
-            at = 70
-            n = 32
-            if get8(p, 36) == 6:
-                tcp = self.hashing & 8
-            elif not self.hashing & 4:
-                return 0
-            copy(self.tuple.p, 0, p, 38, 32)
-            self.hash_type = 3 if tcp else 2
-        else:
-            return 0
-        if tcp:
-            copy(self.tuple.p, n, p, at, 4)
-            n += 4
-        elif not self.hashing & (1 if kind == 0x0800 else 4):
-            self.hash_type = -1
-            return 0
-        self.toeplitz(n)
-        return 0
-
-    def toeplitz(self, n: int) -> int:
-        """Toeplitz' hash of the first `n` bytes of `tuple`: a window of 32 bits slides over the key, a bit a bit."""
-        value = 0
-        window = 0
-        for i in range(5):
-            window = window << 8 | get8(self.key.p, i)
-        for i in range(n):
-            byte = get8(self.tuple.p, i)
-            for bit in range(8):
-                if byte >> (7 - bit) & 1:
-                    value ^= u32(window >> (8 - bit))
-            low = u32(window)
-            window = low << 8 | get8(self.key.p, 5 + i)
-        self.hash_value = value
-        return 0
 
     def read_aside(self, fd: int) -> int:
         """Read a packet into the buffer, to be delivered by the next turn."""
@@ -412,6 +354,8 @@ class RxRing:
         parts = 1
         if self.small < 8:
             parts = (self.most_bytes + each - 1) // each
+            if parts > 18:
+                parts = 18
             if parts + spare > usable:
                 parts = usable - spare
             if parts < 1:
@@ -549,7 +493,7 @@ class RxRing:
             left -= part
             if left:
                 flags |= 4
-            self.answer(flags, self.headroom + part, 0)
+            self.answer(flags, part, 0)
             flags = 0
             if i == 0 and extras:
                 kind = self.gso_of()
@@ -639,7 +583,7 @@ class RxRing:
         p = self.answers.p
         at = (self.rsp_prod & 255) * 8 + 64
         put16(p, at, get16(self.pages.p, (self.rsp_prod & 255) * 16 + 12))
-        put16(p, at + 2, 0)
+        put16(p, at + 2, self.headroom if status == 0 else 0)
         put16(p, at + 4, flags)
         put16(p, at + 6, size if status == 0 else status)
         return self.give()
