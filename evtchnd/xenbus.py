@@ -73,9 +73,7 @@ def parse_state(text: str | None) -> XenbusState:
     return _STATES.get(text or "", XenbusState.UNKNOWN)
 
 
-def next_step(
-    own: XenbusState, front: XenbusState, *, online: bool = True, reconfigures: bool = False
-) -> Step:
+def next_step(own: XenbusState, front: XenbusState, *, online: bool = True, reconfigures: bool = False) -> Step:
     """The table, and what an operator's detach (`online` = 0) changes in it: nothing is begun any more."""
     if not online and (own in (_1, _2, _6) or front in _WITHOUT_RING):
         return Step.SHUT

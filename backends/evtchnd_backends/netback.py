@@ -87,9 +87,7 @@ async def run(device: VifDevice) -> None:
         nodes = await bus.frontend_nodes(["xdp-headroom"])
         if vif is not None:
             vif.headroom(netif.xdp_headroom(nodes))
-        await bus.switch(
-            XenbusState.CONNECTED if bus.front is XenbusState.CONNECTED else XenbusState.RECONFIGURED
-        )
+        await bus.switch(XenbusState.CONNECTED if bus.front is XenbusState.CONNECTED else XenbusState.RECONFIGURED)
 
     async def change(new: m.Vif) -> None:
         moved = {
@@ -130,9 +128,7 @@ async def run(device: VifDevice) -> None:
     device.stats = stats
     device.change = change
     device.retap = retap
-    bus = xenbus.Backend(
-        device.store, device.name, device.backend_path, device.frontend_path, reconfigures=True
-    )
+    bus = xenbus.Backend(device.store, device.name, device.backend_path, device.frontend_path, reconfigures=True)
     async with bus:
         follower = device.loop.create_task(follow())
         follower.add_done_callback(lambda task: _lost(task, bus.fail))

@@ -12,7 +12,6 @@ from typing import Any
 from evtchnd.errors import GuestError
 from evtchnd_backends.nodes import number
 
-
 # Linux' netfront asks for 256 (XDP_PACKET_HEADROOM) or none. netif.h allows 0x7fff, which no page has.
 MOST_HEADROOM = 2048
 # With more than this a packet of 64 KiB does not fit 18 pages: it is segmented before.
