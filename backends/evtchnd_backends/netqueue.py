@@ -30,7 +30,7 @@ from .tap import GONE
 if TYPE_CHECKING:
     from .vif import Vif
 
-# Packets before the other direction, and the guest, hear of it: a quarter of a ring, 64 packets of 64 KiB are 4 MiB.
+# Slots before the other direction, and the guest, hear of it: a quarter of a ring. It refills that meanwhile.
 BATCH = 64
 # Linux' netback looks as often at a frontend that does not kick (its drain timeout then).
 LOOK_S = 0.03
@@ -73,9 +73,8 @@ class Queue:
         gso = rings.sg and rings.csum4 and rings.csum6 and (rings.gso4 or rings.gso6)
         tx, rx = self._pages
         self.tx = TxRing(device.grants, tx, answers.tx, again=again)
-        self.rx = RxRing(
-            device.grants, rx, answers.rx, again=again, most_bytes=self.frame(gso), gso=gso, sg=rings.sg
-        )
+        self.rx = RxRing(device.grants, rx, answers.rx, again=again, most_bytes=self.frame(gso), gso=gso, sg=rings.sg)
+        self.rx.headroom = rings.xdp_headroom
         self._mapped = True
         self.tx.multicast = self._vif.multicast
 
@@ -208,12 +207,12 @@ class Queue:
         fd = self._vif.fd(self.number)
         if fd < 0 or (self._reading < 0 and not self.starved):
             return False
-        before = rx.slots
+        before = rx.posted.used
         rx.run(fd, BATCH)
         if rx.stopped == STEER:
             self._steer(fd)
         if rx.stopped == NO_SLOTS:
-            self._starve(moved=rx.slots != before)
+            self._starve(moved=rx.posted.used != before)
         elif self.starved:
             self._feed()
         if rx.stopped == TAP_ERROR:
@@ -328,11 +327,11 @@ class Queue:
             "tx_dropped_refused": tx.refused,
             "rx_packets": rx.packets,
             "rx_bytes": rx.bytes,
-            "rx_slots": rx.slots,
+            "rx_slots": rx.posted.used,
             "rx_dropped_long": rx.too_long,
             "rx_dropped_multicast": rx.unwanted,
             "rx_dropped_expired": rx.expired + self._flushed,
-            "rx_bad_grants": rx.bad_grants,
+            "rx_bad_grants": rx.posted.bad_grants,
             "rx_moved": rx.moved,
             "rx_waited": rx.waited,
             "rx_completed": rx.completed,

@@ -2,7 +2,7 @@
  *
  *   netload send | receive | ping      a guest's ends of netif rings, served by evtchnd; sleeps as a guest's vCPU would
  *   netload tapsend | tapreceive | tapping   the limit: the same packets, written to and read from a TAP by this program,
- *                                      without rings, grants or a guest: one writev or readv a packet
+ *                                      without rings, grants or a guest: one write or read a packet
  *   netload generate | echo            the host's ends: what comes for a TAP (a packet socket), what answers (a UDP one)
  *
  * `receive` generates, too: a guest's end and the host's share one CPU, the backend has the other.
@@ -305,28 +305,18 @@ static int guest_ping(void)
 
 /* ---- the limit */
 
+enum { TURNS = 15, EACH = 17 * PAGE }; /* as much memory as a guest's ring has pages, in turn */
 static uint8_t *buffers;
 static unsigned turn;
 
-static int vector(struct iovec *iov, void *first, size_t first_size, unsigned rest)
-{
-    int n = 1;
-    iov[0] = (struct iovec){ first, first_size };
-    for (; rest; n++) {
-        unsigned part = rest < PAGE ? rest : PAGE;
-        iov[n] = (struct iovec){ buffers + turn++ % ENTRIES * PAGE, part };
-        rest -= part;
-    }
-    return n;
-}
-
+/* A packet as it lies in memory, behind its vnet header. */
 static ssize_t write_packet(int tap)
 {
-    static struct { struct vnet vnet; uint8_t head[54]; } start;
-    struct iovec iov[20];
-    start.vnet = vnet();
-    memcpy(start.head, head, head_size);
-    return writev(tap, iov, vector(iov, &start, sizeof start.vnet + head_size, size - head_size));
+    uint8_t *buffer = buffers + turn++ % TURNS * EACH;
+    struct vnet start = vnet();
+    memcpy(buffer, &start, sizeof start);
+    memcpy(buffer + sizeof start, head, head_size);
+    return write(tap, buffer, sizeof start + size);
 }
 
 static int tap_send(void)
@@ -346,12 +336,10 @@ static int tap_receive(void)
 {
     int tap = number("tap", -1);
     uint64_t packets = 0, bytes = 0, first = 0, last = 0;
-    struct vnet got;
-    while (read(tap, &got, sizeof got) >= 0) continue; /* what an earlier reading left */
+    while (read(tap, buffers, EACH) >= 0) continue; /* what an earlier reading left */
     printf("ready\n"); fflush(stdout);
     for (;;) {
-        struct iovec iov[20];
-        ssize_t n = readv(tap, iov, vector(iov, &got, sizeof got, gso ? 17 * PAGE : PAGE));
+        ssize_t n = read(tap, buffers + turn++ % TURNS * EACH, EACH);
         if (n < 0) {
             if (errno != EAGAIN) die("tap");
             if (stopped) break;
@@ -361,7 +349,7 @@ static int tap_receive(void)
         last = now();
         if (!first) first = last;
         packets++;
-        bytes += n - sizeof got;
+        bytes += n - sizeof(struct vnet);
     }
     printf("{\"seconds\":%f,\"packets\":%lu,\"bytes\":%lu,\"bad\":0,\"kicks\":0,\"cpu_us\":%f}\n", (last - first) / 1e9, packets, bytes, cpu_us());
     return 0;

@@ -1,8 +1,9 @@
-"""A network namespace of a benchmark's own: TAPs' addresses, sockets in it. It has no name and goes with the process."""
+"""A network namespace of a benchmark's own: TAPs' addresses, sockets in it. It has no name, and goes with us."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self, TypeVar
 
 from evtchnd.control.tap import entered, open_tap
@@ -123,8 +125,6 @@ def _unshared() -> int:
 
 
 def _unshare() -> None:
-    import ctypes
-
     # os.unshare() is new in Python 3.12
     if ctypes.CDLL(None, use_errno=True).unshare(0x40000000):  # CLONE_NEWNET
         number = ctypes.get_errno()
@@ -133,5 +133,5 @@ def _unshare() -> None:
 
 def _no_ipv6() -> None:
     """Nothing that the kernel sends by itself."""
-    with contextlib.suppress(FileNotFoundError), open("/proc/sys/net/ipv6/conf/all/disable_ipv6", "w") as file:
-        file.write("1")
+    with contextlib.suppress(FileNotFoundError):
+        Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1")
