@@ -35,7 +35,7 @@ class RealGuest:
         self.folder = folder
         self.root, self.data = folder / "xvda", self.disk("xvdb", 256 * MIB)
         subprocess.run(["cp", "--sparse=always", self.image.root, self.root], check=True)
-        self.daemon = Daemon(folder, f"[limits]\ndetach_s = {patient(10)}\n", start_s=patient(10))
+        self.daemon = Daemon(folder, f"[limits]\ndetach_s = {patient(10)}\n")
         self.vmm: EvtchndGuest | None = None
         try:
             self.boot()
