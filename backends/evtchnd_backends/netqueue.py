@@ -1,7 +1,8 @@
 """One queue of a vif: a transmit and a receive ring, one or two event channels, one queue of the TAP.
 
 Both directions are stepped straight from what woke them: a kick or a poll that hit for what the guest sends, the loop's
-reader of the TAP for what it receives. Nothing is in flight between two steps.
+reader of the TAP, or a poll of it, for what it receives. Nothing is in flight between two steps. What the guest sends
+makes the other direction be polled, too, so that an answer is read without a turn of the loop.
 
 A guest that posts no pages stops its receive ring: the TAP is not read any more (its reader is taken out, so that it
 does not spin), the ring is armed and the guest's kick goes on with it; one that does not kick (no feature-rx-notify) is
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from evtchnd._core import RxRing, TxRing
 from evtchnd._core.netrx import NO_SLOTS, STEER, TAP_ERROR
 from evtchnd._core.nettx import NO_CREDIT, TAP_FULL
+from evtchnd.answers import Answers
 from evtchnd.channel import Channel
 from evtchnd.grants import Page
 from evtchnd.netif import MOST_FRAME
@@ -28,7 +30,7 @@ from .tap import GONE
 if TYPE_CHECKING:
     from .vif import Vif
 
-# Packets before the other direction, and the guest, hear of it: a quarter of a ring, 64 packets of 64 KiB are 4 MiB.
+# Slots before the other direction, and the guest, hear of it: a quarter of a ring. It refills that meanwhile.
 BATCH = 64
 # Linux' netback looks as often at a frontend that does not kick (its drain timeout then).
 LOOK_S = 0.03
@@ -51,6 +53,7 @@ class Queue:
         self._vif = vif
         self._loop = device.loop
         self._pages: list[Page] = []
+        self._answers: Answers | None = None
         self._mapped = False
         self._pumps: list[asyncio.Future[None]] = []
         self._reading = -1  # the descriptor that the loop reads
@@ -66,14 +69,14 @@ class Queue:
         device = self._device
         for gref in (where.tx_gref, where.rx_gref):
             self._pages.append(device.grants.map(gref, write=True))
+        self._answers = answers = Answers(device.answers_fd, self.number)
         gso = rings.sg and rings.csum4 and rings.csum6 and (rings.gso4 or rings.gso6)
-        self.tx = TxRing(device.grants, self._pages[0])
-        self.rx = RxRing(device.grants, self._pages[1], most_bytes=self.frame(gso), gso=gso, sg=rings.sg)
+        tx, rx = self._pages
+        self.tx = TxRing(device.grants, tx, answers.tx, again=again)
+        self.rx = RxRing(device.grants, rx, answers.rx, again=again, most_bytes=self.frame(gso), gso=gso, sg=rings.sg)
+        self.rx.headroom = rings.xdp_headroom
         self._mapped = True
         self.tx.multicast = self._vif.multicast
-        if again:
-            self.tx.unpin_left()
-            self.rx.unpin_left()
 
     def frame(self, gso: bool) -> int:
         """The longest frame that the TAP has for the guest."""
@@ -120,6 +123,8 @@ class Queue:
             if due or again:
                 channel.notify()
                 again = False
+            if not receive:
+                self.channels[-1].step()  # for the answer, which is looked for from now on
             await channel.kicked()
 
     # ---- guest to TAP
@@ -178,7 +183,11 @@ class Queue:
         fd = self._vif.fd(self.number)
         if fd >= 0 and not self.starved and self._pumps:
             self._reading = fd
-            self._loop.add_reader(fd, self.channels[-1].step)
+            self._loop.add_reader(fd, self._readable)
+
+    def _readable(self) -> None:
+        self._device.poller.woken()
+        self.channels[-1].step()
 
     def silence(self) -> None:
         """Hears of them no more. Before the descriptor is closed."""
@@ -198,12 +207,12 @@ class Queue:
         fd = self._vif.fd(self.number)
         if fd < 0 or (self._reading < 0 and not self.starved):
             return False
-        before = rx.slots
+        before = rx.posted.used
         rx.run(fd, BATCH)
         if rx.stopped == STEER:
             self._steer(fd)
         if rx.stopped == NO_SLOTS:
-            self._starve(moved=rx.slots != before)
+            self._starve(moved=rx.posted.used != before)
         elif self.starved:
             self._feed()
         if rx.stopped == TAP_ERROR:
@@ -285,7 +294,10 @@ class Queue:
         self.read()
 
     def _rx_pending(self) -> bool:
-        return self.starved and self.rx.pending()
+        """Pages, when they were missed; else a packet."""
+        if self.starved:
+            return self.rx.pending()
+        return self._reading >= 0 and self.rx.waits(self._reading)
 
     def _rx_arm(self) -> bool:
         return self.starved and self.rx.arm()
@@ -315,11 +327,11 @@ class Queue:
             "tx_dropped_refused": tx.refused,
             "rx_packets": rx.packets,
             "rx_bytes": rx.bytes,
-            "rx_slots": rx.slots,
+            "rx_slots": rx.posted.used,
             "rx_dropped_long": rx.too_long,
             "rx_dropped_multicast": rx.unwanted,
             "rx_dropped_expired": rx.expired + self._flushed,
-            "rx_bad_grants": rx.bad_grants,
+            "rx_bad_grants": rx.posted.bad_grants,
             "rx_moved": rx.moved,
             "rx_waited": rx.waited,
             "rx_completed": rx.completed,
@@ -343,5 +355,7 @@ class Queue:
         if self._mapped:
             self.tx.close()
             self.rx.close()
+        if self._answers is not None:
+            self._answers.close()
         for page in self._pages:
             page.close()

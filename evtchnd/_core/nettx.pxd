@@ -22,19 +22,21 @@ cdef class TxRing:
     cdef object memory
     cdef bint closed
     cdef Area area
-    cdef Mem taken, extra, iov, response
+    cdef Mem answers, taken, extra, iov
     cdef uint32_t published
 
+    @cython.locals(target=uint32_t, waiting=Py_ssize_t, i=uint32_t)
+    cdef void inherit(self) except *
+    @cython.locals(start=Py_ssize_t, n=Py_ssize_t, part=Py_ssize_t)
+    cdef int put(self, uint32_t old, uint32_t new) except -1
     @cython.locals(prod=uint32_t, waiting=uint32_t)
     cdef Py_ssize_t available(self) except -1
-    @cython.locals(waiting=Py_ssize_t, i=uint32_t)
-    cpdef void unpin_left(self) except *
     @cython.locals(waiting=Py_ssize_t, done=Py_ssize_t, got=Py_ssize_t)
     cpdef Py_ssize_t run(self, int fd, Py_ssize_t most) except -1
     @cython.locals(start=uint32_t, total=int, used=int, extras=int, gso_type=int, gso_size=int, member=int, more=int, kind=int, drop=int, parts=int, rest=int, at=Py_ssize_t, size=int)
     cdef Py_ssize_t packet(self, int fd, Py_ssize_t waiting) except -1
     cdef int slot(self, int number, uint32_t index) except -1
-    @cython.locals(head=Mem, iov=Mem, filled=int, vectors=int, held=int, status=int, at=Py_ssize_t, size=int, part=int, address=uint64_t, got=Py_ssize_t, i=int)
+    @cython.locals(head=Mem, iov=Mem, filled=int, vectors=int, held=int, status=int, at=Py_ssize_t, size=int, part=int, address=uint64_t, end=uint64_t, got=Py_ssize_t, i=int)
     cdef Py_ssize_t send(self, int fd, int parts, int extras, int total, int gso_type, int gso_size) except -1
     @cython.locals(i=int)
     cdef Py_ssize_t write(self, int fd, int vectors) except? -4095
@@ -47,6 +49,7 @@ cdef class TxRing:
     cdef Py_ssize_t member(self, int kind, int extras) except -1
     @cython.locals(i=int)
     cdef Py_ssize_t answer(self, int parts, int extras, int status) except -1
+    @cython.locals(at=Py_ssize_t)
     cdef int respond(self, int id, int status) except -1
     @cython.locals(new=uint32_t, old=uint32_t, event=uint32_t)
     cpdef bint push(self) except -1

@@ -91,7 +91,7 @@ class TxRing:
         multicast: Callable[[bool, Any], bool] | None
         head: Mem
 
-    def __init__(self, grants: Pins, page: Any) -> None:
+    def __init__(self, grants: Pins, page: Any, answers: Mem, *, again: bool) -> None:
         self.grants = grants
         self.memory = grants.memory
         self.multicast = None
@@ -107,9 +107,47 @@ class TxRing:
         self.extra = Mem(bytearray(16))
         self.head = Mem(bytearray(272))
         self.iov = Mem(bytearray(16 * 24))
-        self.response = Mem(bytearray(16))
+        self.answers = answers
         # the shared rsp_prod: 0 in a new ring, where a dead worker was in an old one
         self.req_cons = self.rsp_prod = self.published = self.area.load(8)
+        if again:
+            self.inherit()
+        else:
+            st32(self.answers.p, 0, self.published)
+
+    def inherit(self) -> None:
+        """Take the ring over from a worker that may have died at it.
+
+        What it had answered is published; what it had taken besides is taken again, and may be sent twice. The pages
+        that it had pinned for a packet are the guest's own again: its marks in their entries nobody else can clear. An
+        extra's first word passes for a grant here; whatever that names is pinned and unpinned. GuestError as
+        `available`, or the guest wrote to rsp_prod.
+        """
+        target = ld32(self.answers.p, 0)
+        if u32(target - self.published) > 256:
+            raise GuestError(f"tx ring: rsp_prod is {self.published:#x}, this end left it at {target:#x}")
+        self.put(self.published, target)
+        st32(self.area.p, 8, target)
+        self.req_cons = self.rsp_prod = self.published = target
+        waiting = self.available()
+        for i in range(waiting):
+            self.slot(0, u32(self.req_cons + i))
+            try:
+                self.grants.pin_page(get32(self.taken.p, 0), False)
+            except GuestError:
+                continue
+            self.grants.unpin_page(get32(self.taken.p, 0), False)
+
+    def put(self, old: int, new: int) -> int:
+        """The answers to slots `old` up to `new` into the ring."""
+        start = (old & 255) * 12 + 64
+        n = u32(new - old) * 12
+        part = 64 + 12 * 256 - start
+        if part > n:
+            part = n
+        self.area.give(start, self.answers.p, start, part)
+        self.area.give(64, self.answers.p, 64, n - part)
+        return 0
 
     def available(self) -> int:
         """Requests not taken yet. GuestError: the index jumped."""
@@ -122,23 +160,8 @@ class TxRing:
             )
         return waiting
 
-    def unpin_left(self) -> None:
-        """A worker that died in a packet had pinned its pages: every request's page is the guest's own again.
-
-        Its marks are in the guest's entries, which nobody else can clear. An extra's first word is taken for a grant,
-        too: whatever that names is pinned and unpinned. GuestError as `available`.
-        """
-        waiting = self.available()
-        for i in range(waiting):
-            self.slot(0, u32(self.req_cons + i))
-            try:
-                self.grants.pin_page(get32(self.taken.p, 0), False)
-            except GuestError:
-                continue
-            self.grants.unpin_page(get32(self.taken.p, 0), False)
-
     def run(self, fd: int, most: int) -> int:
-        """Send at most `most` packets to the TAP `fd` (-1: there is none, all are dropped); how many were taken.
+        """Send packets to the TAP `fd` (-1: there is none, all are dropped), until `most` slots; how many packets.
 
         GuestError: what no driver does; stop the vif.
         """
@@ -147,11 +170,12 @@ class TxRing:
         self.stopped = 0
         waiting = self.available()
         done = 0
-        while waiting > 0 and done < most:
+        while waiting > 0 and most > 0:
             got = self.packet(fd, waiting)
             if got == 0:
                 break
             waiting -= got
+            most -= got
             done += 1
         return done
 
@@ -236,6 +260,7 @@ class TxRing:
         iov = self.iov
         filled = 0
         vectors = 1
+        end = 0
         held = 0
         status = 0
         try:
@@ -255,9 +280,14 @@ class TxRing:
                                 head.view[12 + filled : 12 + filled + part] = view
                         filled += part
                     if size > part:
-                        put64(iov.p, 16 * vectors, address + part)
-                        put64(iov.p, 16 * vectors + 8, size - part)
-                        vectors += 1
+                        if cython.compiled and vectors > 1 and address + part == end:
+                            # neighbours are one vector: the kernel then copies to whole pages, which is twice as fast
+                            put64(iov.p, 16 * vectors - 8, get64(iov.p, 16 * vectors - 8) + size - part)
+                        else:
+                            put64(iov.p, 16 * vectors, address + part)
+                            put64(iov.p, 16 * vectors + 8, size - part)
+                            vectors += 1
+                        end = address + size
                 held += 1
         except GuestError as error:
             self.no_grant += 1
@@ -406,21 +436,23 @@ class TxRing:
         return parts + extras
 
     def respond(self, id: int, status: int) -> int:
-        # the rest of the slot stays zero (XSA-216)
-        put16(self.response.p, 0, id)
-        put16(self.response.p, 2, status)
-        self.area.give(64 + (self.rsp_prod & 255) * 12, self.response.p, 0, 12)
+        # the rest of the slot is zero (XSA-216)
+        at = (self.rsp_prod & 255) * 12 + 64
+        put16(self.answers.p, at, id)
+        put16(self.answers.p, at + 2, status)
         self.rsp_prod = u32(self.rsp_prod + 1)
         return 0
 
     def push(self) -> bool:
-        """Publish the answers; True: the guest wants to be notified."""
+        """Publish the answers, in the order of answers.py; True: the guest wants to be notified."""
         if self.closed:
             raise ValueError("the ring is closed")
         new = self.rsp_prod
         old = self.published
         if new == old:
             return False
+        st32(self.answers.p, 0, new)
+        self.put(old, new)
         st32(self.area.p, 8, new)
         fence()
         event = ld32(self.area.p, 12)

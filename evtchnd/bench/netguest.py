@@ -5,9 +5,9 @@ of each is a TAP with an address of its own in a network namespace, nothing in b
 both stay up while the jobs alternate between them, who goes first changing with every job and every round. The guest
 that does not run a job sleeps. `evtchnd-bench net` has this as its half of real guests (`fill`, `run_lab`).
 
-iperf3's client is in the guest, its server in the namespace. `rate`: what has arrived. Round trips: ping, adaptive, so
-that one packet is on its way at a time. CPU: as `evtchnd-bench guest` counts it, for each MiB; iperf3's start is in it,
-its server is not.
+iperf3's client is in the guest, its server in the namespace. `rate`: what has arrived. Round trips: ping, the next
+one as soon as its answer is there. CPU: as `evtchnd-bench guest` counts it, for each MiB; iperf3's start is in it, its
+server is not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ PLACES = {
 JOBS: dict[str, str | None] = {
     "tcp_tx": "",
     "tcp_rx": "-R",
-    "udp_tx": "-u -b 0 -l 1400",
-    "udp_rx": "-R -u -b 0 -l 1400",
+    "udp_tx": "-u -b 40M -l 1400",
+    "udp_rx": "-R -u -b 40M -l 1400",
     "rtt": None,
 }
 # name -> (job, reading, what it must reach)
@@ -74,12 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="length of an iperf3 job (%(default)s)")
     parser.add_argument("--vcpus", type=int, default=1, help="of each guest, and queues (%(default)s)")
+    parser.add_argument("--jobs", default=",".join(JOBS), metavar="LIST", help="of %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> Report:
     """What the command does."""
     report = Report("netguest")
-    fill(report, arguments.rounds, arguments.seconds, arguments.vcpus)
+    fill(report, arguments.rounds, arguments.seconds, arguments.vcpus, arguments.jobs.split(","))
     return report
 
 
@@ -90,14 +91,22 @@ def run_lab(rounds: int = ROUNDS) -> dict[str, Any]:
     return report.as_json()
 
 
-def fill(report: Report, rounds: int = ROUNDS, seconds: float = SECONDS, vcpus: int = 1) -> None:
-    """Adds readings and ratios, net.lab.*. In the lab, which is booted for it where this machine's KVM has no Xen."""
+def fill(
+    report: Report, rounds: int = ROUNDS, seconds: float = SECONDS, vcpus: int = 1, jobs: Sequence[str] = tuple(JOBS)
+) -> None:
+    """Adds readings and ratios, net.lab.*. In the lab, which is booted for it where this machine's KVM has no Xen.
+
+    HostError: there is no such job.
+    """
+    if unknown := set(jobs) - set(JOBS):
+        raise HostError(f"--jobs: no {', '.join(sorted(unknown))}: there are {', '.join(JOBS)}")
     taken = Report("netguest")
     try:
         if wakeupkvm.has_xen():
-            measure(taken, rounds, seconds, vcpus)
+            measure(taken, rounds, seconds, vcpus, jobs)
         else:
-            found = lab.run_inside("netguest", f"--rounds {rounds} --seconds {seconds} --vcpus {vcpus}")
+            options = f"--rounds {rounds} --seconds {seconds} --vcpus {vcpus} --jobs {','.join(jobs)}"
+            found = lab.run_inside("netguest", options)
             report.machines["lab"] = found["machine"]
             taken.rounds, taken.skipped = found["rounds"], found["skipped"]
     except HostError as exc:
@@ -109,7 +118,7 @@ def fill(report: Report, rounds: int = ROUNDS, seconds: float = SECONDS, vcpus: 
     report.skipped |= taken.skipped
 
 
-def measure(report: Report, rounds: int, seconds: float, vcpus: int) -> None:
+def measure(report: Report, rounds: int, seconds: float, vcpus: int, jobs: Sequence[str]) -> None:
     """All rounds, here. HostError: why a guest does not run, or what failed in it."""
     found = lab.guests()
     image = found["guests"][guest.SUITE]
@@ -142,13 +151,18 @@ def measure(report: Report, rounds: int, seconds: float, vcpus: int) -> None:
         server = ["ip", "netns", "exec", netns, *found["iperf3"], "-s", "-1", "-p", str(PORT), "--forceflush"]
         for number in range(rounds):
             try:
-                one_round(report, number, starts, server, seconds)
+                one_round(report, number, starts, jobs, server, seconds)
             except HostError as exc:  # what the round has measured before counts
                 report.skipped[f"net.lab, the rest of round {number}"] = str(exc)
 
 
 def one_round(
-    report: Report, number: int, starts: dict[str, Callable[[], Side]], server: list[str], seconds: float
+    report: Report,
+    number: int,
+    starts: dict[str, Callable[[], Side]],
+    jobs: Sequence[str],
+    server: list[str],
+    seconds: float,
 ) -> None:
     """A boot of each, all jobs, both guests' ends."""
     order = list(starts) if number % 2 == 0 else list(reversed(starts))
@@ -163,7 +177,7 @@ def one_round(
                 f"for i in $(seq 100); do ping -c1 -W1 -q {far} && break; done",
                 JOB_S,
             )
-        for position, job in enumerate(JOBS):
+        for position, job in enumerate(jobs):
             for side in order if position % 2 == 0 else reversed(order):
                 try:
                     taken = read(guests[side], job, server, seconds)
@@ -253,7 +267,7 @@ def _listening(server: list[str]) -> Iterator[None]:
 
 
 def _round_trips(one: Side, far: str) -> dict[str, float]:
-    said = one.console.run(f"ping -A -c {PINGS} {far}", JOB_S)
+    said = one.console.run(f"ping -i 0 -c {PINGS} {far}", JOB_S)
     times = sorted(float(found) * 1000 for found in re.findall(r"time=([0-9.]+) ms", said))
     if len(times) < PINGS * 0.9:
         raise HostError(f"{len(times)} answers to {PINGS} pings")

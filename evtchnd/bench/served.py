@@ -30,7 +30,7 @@ START_S = 120.0  # an emulated machine under load took more than 20
 class Daemon:
     """`python -m evtchnd`; configuration and log in `folder`. Ended by `stop()`."""
 
-    def __init__(self, folder: Path, config: str = "", start_s: float = START_S) -> None:
+    def __init__(self, folder: Path, config: str = "") -> None:
         # not below `folder`, which may be deep: a socket's path ends at 107 bytes
         self.runtime = Path(tempfile.mkdtemp(prefix="evtchnd-"))
         self._log = folder / "evtchnd.log"
@@ -41,7 +41,7 @@ class Daemon:
             self._process = subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL)
         begin = time.monotonic()
         while not (self.runtime / "control.sock").exists():
-            if self._process.poll() is not None or time.monotonic() > begin + start_s:
+            if self._process.poll() is not None or time.monotonic() > begin + START_S:
                 self.stop()
                 raise HostError(f"the daemon did not start: {self._log.read_text().strip()}")
             time.sleep(0.01)

@@ -56,7 +56,7 @@ class RealGuest:
         subprocess.run(["cp", "--sparse=always", self.image.root, self.root], check=True)
         self._start = start or Start(self.image.kernel, APPEND, self.image.initramfs)
         installed(self)
-        self.daemon = Daemon(folder, f"[limits]\ndetach_s = {patient(10)}\n", start_s=patient(10))
+        self.daemon = Daemon(folder, f"[limits]\ndetach_s = {patient(10)}\n")
         self.vmm: EvtchndGuest | None = None
         try:
             self.boot()

@@ -11,6 +11,7 @@ import pytest
 
 from evtchnd.bench.evtchndguest import EvtchndGuest
 from evtchnd.bench.qemuguest import Disk
+from lab import guestimage
 from lab.patience import patient
 from lab.realguest import MIB, VCPUS, RealGuest, until
 from lab.wire import BACKEND, FAR, FAR6, GUEST, GUEST6, MAC, VIF, Wire, Wires
@@ -76,7 +77,7 @@ def test_ping(wire: Wire) -> None:
 
 def test_ping_flood(wire: Wire) -> None:
     """Both ends at once; each gets its answers."""
-    count = scaled(20000, least=500)
+    count = scaled(6000, least=300)
     flood = ["-f", "-q", "-c", str(count)]
     with wire.started("usr/bin/ping", *flood, GUEST) as far:
         said = wire.guest.run(f"ping {' '.join(flood)} {FAR}", 120)
@@ -89,8 +90,8 @@ def test_ping_flood(wire: Wire) -> None:
 def test_every_processor_sends(wire: Wire) -> None:
     """Each queue is used, both ways."""
     with wire.counted() as gained:
-        wire.iperf("-n", "2M", "-P", "8")
-        wire.iperf("-n", "2M", "-P", "8", "-R")
+        wire.iperf("-n", "256K", "-P", "6")
+        wire.iperf("-n", "256K", "-P", "6", "-R")
     for number in range(VCPUS):
         assert gained[f"queue-{number}/tx_packets"] > 0
         assert gained[f"queue-{number}/rx_packets"] > 0
@@ -290,9 +291,10 @@ def test_the_worker_dies(wire: Wire) -> None:
     wire.reaches()
 
 
+@pytest.mark.parametrize("guests", guestimage.SUITES[:1], indirect=True, scope="session")
 def test_two_guests_on_one_bridge(wire: Wire) -> None:
-    """The other one has its vif from its VMM's command line, since it was switched on."""
-    image = wire.guest.image
+    """The other one, of another release, has its vif from its VMM's command line, since it was switched on."""
+    image = guestimage.find(wire.guest.lab, guestimage.SUITES[1])
     vif = f"mac=00:16:3e:88:00:03,bridge=br0,netns={wire.here.name}"
     other = EvtchndGuest(
         wire.guest.daemon,

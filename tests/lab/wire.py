@@ -16,9 +16,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from hostnetwork import Namespace, namespace
+from hostnetwork import namespace
 from lab.patience import patient
-from lab.realguest import RealGuest, until
+from lab.realguest import RealGuest
 
 MAC = "00:16:3e:88:00:02"
 GUEST, FAR = "10.88.0.2", "10.88.0.1"
@@ -234,6 +234,3 @@ class Wires:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.close()
-
-
-__all__ = ["Namespace", "Wire", "Wires", "until"]
