@@ -117,30 +117,31 @@ class Queue:
         """The pump: no wait but the one for work."""
         again = True  # an earlier worker may have died between its push and its notification
         while True:
-            due = send and self._send()
-            if receive:
-                due = self._receive() or due
-            if due or again:
+            if again:
                 channel.notify()
                 again = False
-            if not receive:
+            if send:
+                self._send()
+            if receive:
+                self._receive()
+            else:
                 self.channels[-1].step()  # for the answer, which is looked for from now on
             await channel.kicked()
 
     # ---- guest to TAP
 
-    def _send(self) -> bool:
-        """One batch, or two: what has come meanwhile. True: notify."""
+    def _send(self) -> None:
+        """One batch, or some: what has come meanwhile."""
         tx, vif = self.tx, self._vif
         if self._out_of_credit is not None or self._writing >= 0:
-            return False
-        due = False
+            return
         for _ in range(4):
             tx.credit = vif.rate.left()
             fd = vif.fd(self.number)
             tx.run(fd, BATCH)
             vif.rate.spent(tx.credit)
-            due = tx.push() or due
+            if tx.push():
+                self.channels[0].notify()
             if tx.tap_error:
                 if fd >= 0:
                     vif.tap_failed(tx.tap_error)
@@ -154,7 +155,6 @@ class Queue:
                 break
             if not tx.pending():
                 break
-        return due
 
     def go_on(self) -> None:
         """There is credit again, or another limit."""
@@ -201,12 +201,12 @@ class Queue:
             self._retry.cancel()
             self._retry = None
 
-    def _receive(self) -> bool:
-        """One batch. True: notify."""
+    def _receive(self) -> None:
+        """One batch."""
         rx = self.rx
         fd = self._vif.fd(self.number)
         if fd < 0 or (self._reading < 0 and not self.starved):
-            return False
+            return
         before = rx.posted.used
         rx.run(fd, BATCH)
         if rx.stopped == STEER:
@@ -217,7 +217,8 @@ class Queue:
             self._feed()
         if rx.stopped == TAP_ERROR:
             self._tap_error(rx.tap_error)
-        return rx.push()
+        if rx.push():
+            self.channels[-1].notify()
 
     def _steer(self, fd: int) -> None:
         """The guest has a say in which queue gets what: packets are read one by one, and some go to others."""
