@@ -24,7 +24,7 @@ from evtchnd.vmm.soft import SoftVmm
 
 DOMID = 1
 DEVID = 51712
-START_S = 20.0
+START_S = 60.0
 
 
 class Daemon:

@@ -52,7 +52,7 @@ class Image:
         return min(segment.address for segment in self.segments)
 
 
-def parse(image: bytes) -> Image:
+def parse(image: bytes | memoryview) -> Image:
     """OperatorError says in one line why this cannot be started."""
     try:
         return _parse(memoryview(image))

@@ -30,6 +30,7 @@ _MAGIC = 0x336EC578  # XEN_HVM_START_MAGIC_VALUE
 _START_INFO = struct.Struct("<IIIIQQQQII")
 _MODULE = struct.Struct("<QQQQ")
 _MAP_ENTRY = struct.Struct("<QQII")
+_ZEROS = bytes(64 * KiB)
 _MAX_MODULES = (MEMORY_MAP - MODULE_LIST) // _MODULE.size
 
 Write = Callable[[int, bytes | memoryview], None]
@@ -73,7 +74,10 @@ def load(write: Write, memory: int, vcpus: int, image: Image, command_line: str,
             f"the kernel wants {image.start:#x} to {image.end:#x}, RAM is {MiB:#x} to {top:#x}: give it more memory"
         )
     for segment in image.segments:
-        write(segment.address, segment.data)
+        for at in range(0, len(segment.data), len(_ZEROS)):
+            part = segment.data[at : at + len(_ZEROS)]
+            if not _ZEROS.startswith(part):
+                write(segment.address + at, part)
     if len(modules) > _MAX_MODULES:
         raise OperatorError(f"{len(modules)} modules: at most {_MAX_MODULES}")
     lines = _CommandLines(write)
