@@ -30,8 +30,10 @@ not heard until it is: its kicks then cost nobody anything.
 The window adapts, as KVM's halt polling does (Documentation/virt/kvm/halt-polling.rst), with one difference. KVM
 compares the time it slept with the longest window. Here that time contains the wake-up of this CPU, which is often
 longer than the window itself, so it cannot tell a guest that comes back after 20 us from one that comes back after 80.
-Therefore it is tried: a hit doubles the window, a miss halves it down to nothing, and after a try that did not pay the
-next one waits for twice as many short sleeps.
+Therefore it is tried: MOST_MISSES windows in a row without a hit end the try, and after one that did not pay the next
+waits for twice as many short sleeps. A window is whole or nothing: half of one finds only guests that come back sooner
+than those which the whole one has just missed. A guest that needs about the window itself is found now and then; each
+hit spares it a kick, a wake-up here and often one there.
 """
 
 from __future__ import annotations
@@ -49,15 +51,15 @@ from .errors import VmmError
 
 SLICE_NS = 20_000
 """How long a poll keeps the loop from other descriptors: about what one batch of a full ring costs."""
-LEAST_NS = 6_000
-"""A shorter window than this pays for itself only by chance: a look at eight rings takes one or two us."""
+MOST_MISSES = 4
+"""Where a third of the windows pay, one in five tries ends before its first hit."""
 WAKE_NS = 100_000
 """What waking an idle CPU takes at most (50-100 us were measured): a sleep of up to the longest window plus this may
 have been a short pause of the guest, and is worth a try."""
 MOST_KICKED = 64
 """Channels whose kicks are taken before the loop turns; the epoll keeps the others, in order."""
-MOST_SKIPPED = 1024
-"""After tries that never paid, one short sleep in so many is tried again: below 0.1 % of the CPU."""
+MOST_SKIPPED = 4096
+"""After tries that never paid, one short sleep in so many is tried again, for MOST_MISSES windows: 0.1 % of the CPU."""
 
 
 _HEARD = select.EPOLLIN | select.EPOLLET
@@ -328,8 +330,9 @@ class Channel:
 class Poller:
     """Adaptive polling: one a worker.
 
-    max_us: the longest window in us; 0: never polls. Counters: `slices`, `hits` (polls that found work), `misses`
-    (windows that found none), `sleeps`. `live`: the channels that are not armed, kept by them; a set in order.
+    max_us: the window in us; 0: never polls. `window_ns`: that in ns, or 0 while it does not pay. Counters: `slices`,
+    `hits` (polls that found work), `misses` (windows that found none), `sleeps`. `live`: the channels that are not
+    armed, kept by them; a set in order.
     `close()` when no channel needs it any more.
     """
 
@@ -350,6 +353,7 @@ class Poller:
         self._busy = False
         self._deadline = 0
         self._slept_at: int | None = None
+        self._missed_in_a_row = 0
         self._skip = 0
         self._skipped = 0
         self._closed = False
@@ -419,6 +423,7 @@ class Poller:
             return
         self._skipped = 0
         self._skip = min(self._skip * 2 + 1, MOST_SKIPPED)
+        self._missed_in_a_row = 0
         self.window_ns = self._max
 
     def pumped(self, *, found: bool) -> None:
@@ -463,7 +468,7 @@ class Poller:
                     if self.window_ns:
                         self.hits += 1
                         self._skip >>= 1
-                        self.window_ns = min(self.window_ns * 2, self._max)
+                        self._missed_in_a_row = 0
                         self._deadline = now + self.window_ns
                 if now >= end:
                     break
@@ -504,8 +509,9 @@ class Poller:
     def _missed(self) -> None:
         if self.window_ns:
             self.misses += 1
-            halved = self.window_ns >> 1
-            self.window_ns = halved if halved >= LEAST_NS else 0
+            self._missed_in_a_row += 1
+            if self._missed_in_a_row == MOST_MISSES:
+                self.window_ns = 0
 
     def _sleep(self) -> None:
         """Arms every live ring; any that has more is stepped by the next look."""

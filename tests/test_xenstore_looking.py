@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from evtchnd.channel import MOST_SKIPPED
-from evtchnd.xenstore.looking import Looking
+from evtchnd.xenstore.looking import MOST_SKIPPED, Looking
 
 
 class Loop:

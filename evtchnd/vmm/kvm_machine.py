@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from evtchnd.errors import HostError
 from evtchnd.vmm.kvm import XenHvm, XenVcpu, XenVm, xen_capability
@@ -98,8 +98,7 @@ class Io:
     count: int = 1  # of a string instruction; `value` is the first
 
 
-@dataclass(frozen=True, slots=True)
-class Mmio:
+class Mmio(NamedTuple):
     """A guest's access to an address that is no memory."""
 
     address: int
@@ -108,8 +107,7 @@ class Mmio:
     read: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Hypercall:
+class Hypercall(NamedTuple):
     """A hypercall that the kernel did not answer; `Vcpu.answer` does. `params` as the guest's mode passes them."""
 
     number: int
@@ -118,8 +116,7 @@ class Hypercall:
     cpl: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """Any other end of a run, by its name in EXIT_NAMES; "kicked": `Vcpu.kick`."""
 
     reason: str

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from evtchnd.abi import PAGE_SHIFT, PAGE_SIZE, Virq
 from evtchnd.errors import EvtchndError, HostError
@@ -56,8 +57,7 @@ _NEEDED = XenHvm.INTERCEPT_HCALL | XenHvm.SHARED_INFO | XenHvm.RUNSTATE | XenHvm
 _JOIN_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
+class Disk(NamedTuple):
     """An image that was opened for the guest."""
 
     devid: int
@@ -87,8 +87,7 @@ class Guest:
     resume: float = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """Why a guest has ended, and how it is known. `fault`: not as it should, whatever follows."""
 
     reason: Shutdown

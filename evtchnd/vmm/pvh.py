@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from evtchnd.errors import OperatorError
 from evtchnd.vmm import acpi
@@ -30,14 +30,13 @@ _MAGIC = 0x336EC578  # XEN_HVM_START_MAGIC_VALUE
 _START_INFO = struct.Struct("<IIIIQQQQII")
 _MODULE = struct.Struct("<QQQQ")
 _MAP_ENTRY = struct.Struct("<QQII")
-_ZEROS = bytes(64 * KiB)
+_ZEROS = bytes(MiB)
 _MAX_MODULES = (MEMORY_MAP - MODULE_LIST) // _MODULE.size
 
 Write = Callable[[int, bytes | memoryview], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """A file for the guest (an initrd, a guest kernel for a shim) with its command line."""
 
     data: bytes
