@@ -20,11 +20,9 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +104,14 @@ def size_of(text: str) -> int:
     return size
 
 
+def uuid_of(text: str) -> bytes:
+    """Its 16 bytes. The module uuid knows much more, and is slow to import."""
+    digits = text.replace("-", "")
+    if not re.fullmatch(r"[0-9a-fA-F]{32}", digits):
+        raise argparse.ArgumentTypeError(f"'{text}' is no UUID")
+    return bytes.fromhex(digits)
+
+
 def parser() -> argparse.ArgumentParser:
     text = (__doc__ or "").splitlines()[0]
     parse = argparse.ArgumentParser(prog="evtchnd-micro", description=text, allow_abbrev=False)
@@ -113,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     add("--socket", type=Path, default=Path("/run/evtchnd/vmm.sock"), help="the daemon's (%(default)s)")
     add("--domid", type=int, default=1, help="(%(default)s)")
     add("--name", default="", help="(gDOMID)")
-    add("--uuid", type=uuid.UUID, default=uuid.UUID(int=0), help="of the guest (none)")
+    add("--uuid", type=uuid_of, default=bytes(16), metavar="UUID", help="of the guest (none)")
     add("--kernel", type=Path, required=True, help="bzImage or ELF file with a PVH entry")
     add("--initrd", type=Path, help="the first module")
     add("--module", action="append", default=[], metavar="FILE[ ARGUMENTS]", help="another module; can be repeated")
@@ -173,7 +179,7 @@ def guest_of(args: argparse.Namespace, disks: tuple[Disk, ...]) -> Guest:
         vcpus=args.vcpus,
         disks=disks,
         grant_frames=args.grant_frames,
-        uuid=args.uuid.bytes,
+        uuid=args.uuid,
         timeout=args.timeout,
         resume=args.resume,
     )
@@ -187,6 +193,8 @@ def pause_after(lived: float, last: float) -> float:
 @contextlib.contextmanager
 def _console(guest: Guest) -> Iterator[None]:
     """`evtchnctl console` in this terminal, as long as the guest runs or until ^]."""
+    import subprocess  # slow to import, and most guests run without
+
     command = [sys.executable, "-m", "evtchnd.cli.evtchnctl", "--runtime-dir", os.fspath(guest.socket.parent)]
     child = subprocess.Popen([*command, "console", str(guest.domid)])
     try:
