@@ -278,8 +278,7 @@ def _transaction_start(request: Request) -> bytes:
         raise XenStoreError("EBUSY", "transactions do not nest")
     check(request, "transactions", len(conn.transactions) + 1)
     tx_id = conn.new_tx_id()
-    conn.transactions[tx_id] = Transaction(store.tree, record=True)
-    store.contention.started(conn)
+    store.begin(conn, tx_id)
     if store.recorder is not None:
         store.recorder.started(conn, tx_id)
     return b"%d\0" % tx_id
@@ -293,6 +292,7 @@ def _transaction_end(request: Request) -> bytes:
     if view is store.now:
         raise XenStoreError("ENOENT", "no transaction")
     del conn.transactions[request.tx_id]
+    store.now.holders -= 1
     if store.recorder is not None:
         store.recorder.ended(conn, request.tx_id)
     path = view.conflict(store.tree) if verdict == b"T" and not view.failed else None

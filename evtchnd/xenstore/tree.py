@@ -1,7 +1,8 @@
 """The store's nodes: immutable, in a persistent map from path to node; a transaction keeps its root.
 
-A `Tree` never changes: `tree = tree.update(...)` shares all but some hundred bytes with the one before, so that
-keeping an old root costs nothing. The map goes by the whole path (Python's keyed hash: a guest cannot aim at a bucket),
+`tree = tree.update(...)` shares all but some hundred bytes with the one before, so that keeping an old root costs
+nothing. Where nobody has kept one, that is most of the time, the public root is changed in place (`Tree.replace`),
+which costs a fifth. The map goes by the whole path (Python's keyed hash: a guest cannot aim at a bucket),
 so no cost depends on a node's depth, on the number of its siblings or on the size of the store, apart from the depth of
 the map: one level more for 32 times as many nodes. A change touches each entry of the dicts and lists that it copies,
 and those are cold: so both are short.
@@ -70,6 +71,36 @@ class PMap(Generic[V]):
         if self.get(key) is None:
             return self
         return PMap(*self._remove(key))
+
+    def replace(self, key: bytes, value: V | None) -> V | None:
+        """Sets `key` (None: takes it away) in this map itself, which nobody else may have; -> what was there."""
+        leaf = self._root
+        branch: Any = None
+        bits = hash(key)
+        shift = at = 0
+        while type(leaf) is list:
+            branch = leaf
+            at = bits & _MASK
+            bits >>= _FANOUT_BITS
+            shift += _FANOUT_BITS
+            leaf = branch[at]
+        was: V | None = leaf.get(key)
+        if value is not None:
+            leaf[key] = value
+            if was is None:
+                self._count += 1
+                if len(leaf) > _LEAF_MAX and shift < _SHIFT_MAX:
+                    parts = _split(leaf, shift)
+                    if branch is None:
+                        self._root = parts
+                    else:
+                        branch[at] = parts
+        elif was is not None:
+            del leaf[key]
+            self._count -= 1
+            if self._count < _LEAF_MAX // 2 and branch is not None:
+                self._root = dict(_entries(self._root))
+        return was
 
     def _put(self, key: bytes, value: V) -> tuple[Any, int]:
         root = self._root
@@ -207,26 +238,35 @@ class Tree(PMap[Node]):
 
     def create(self, path: bytes, value: bytes, perms: wire.Perms, generation: int) -> Tree:
         """With a new node under a parent that exists."""
-        above = wire.parent_of(path)
-        parent = self.get(above)
-        if parent is None:
-            raise KeyError(above)
-        children = (PMap() if parent.children is None else parent.children).put(
-            path[path.rfind(b"/") + 1 :], generation
-        )
+        above, parent = self.parent_with(path, generation)
         tree = Tree(*self._put(path, Node(value, perms, None, generation)))
-        return Tree(*tree._put(above, Node(parent.value, parent.perms, children, generation)))
+        return Tree(*tree._put(above, parent))
 
     def drop(self, path: bytes, generation: int) -> Tree:
         """Without one node (its children have gone before) and its name in the parent, if that is still there."""
         tree = Tree(*self._remove(path))
-        above = wire.parent_of(path)
-        parent = tree.get(above)
+        above, parent = tree.parent_without(path, generation)
+        return tree if parent is None else Tree(*tree._put(above, parent))
+
+    def parent_with(self, path: bytes, generation: int) -> tuple[bytes, Node]:
+        """The parent's path, and the parent as it is when it has the child `path`, a new one."""
+        at = path.rfind(b"/")
+        above = path[:at] if at > 0 else b"/"
+        parent = self.get(above)
+        if parent is None:
+            raise KeyError(above)
+        children = (PMap() if parent.children is None else parent.children).put(path[at + 1 :], generation)
+        return above, Node(parent.value, parent.perms, children, generation)
+
+    def parent_without(self, path: bytes, generation: int) -> tuple[bytes, Node | None]:
+        """The parent's path, and the parent as it is without that child; None: it is not there, or has none."""
+        at = path.rfind(b"/")
+        above = path[:at] if at > 0 else b"/"
+        parent = self.get(above)
         if parent is None or parent.children is None:
-            return tree
-        siblings = parent.children.remove(path[path.rfind(b"/") + 1 :])
-        children = siblings if len(siblings) else None
-        return Tree(*tree._put(above, Node(parent.value, parent.perms, children, generation)))
+            return above, None
+        siblings = parent.children.remove(path[at + 1 :])
+        return above, Node(parent.value, parent.perms, siblings if len(siblings) else None, generation)
 
     def walk(self, path: bytes = b"/") -> Iterator[tuple[bytes, Node]]:
         """A node and all below it, parents first, siblings in the order of their creation."""
@@ -276,13 +316,20 @@ class Transaction:
     `stale`     a path that cannot be committed any more: it names a domain that is gone
     `growth`    domid -> nodes it owns more (or fewer) than in `base`
     `bytes`     what the nodes that it has written cost until its end (quota.node_size, without permissions)
+    `holders`   who else has its root, and sees it as it is; 0: the root is changed in place
+    `replaced`  (path, node before), in order: what was changed in place
     """
 
-    __slots__ = ("base", "bytes", "changes", "events", "failed", "growth", "last", "stale", "touched", "tree")
+    __slots__ = (
+        *("base", "bytes", "changes", "events", "failed", "growth", "holders", "last", "replaced", "stale", "touched"),
+        "tree",
+    )
 
     def __init__(self, tree: Tree, *, record: bool) -> None:
         self.base = tree
         self.tree = tree
+        self.holders = 1
+        self.replaced: list[tuple[bytes, Node | None]] = []
         self.touched: dict[bytes, int] | None = {} if record else None
         self.changes: dict[bytes, Node | None] = {}
         self.events: dict[bytes, bool] = {}
@@ -311,7 +358,10 @@ class Transaction:
         if perms is not node.perms and perms[0][0] != node.owner:
             self._grow(node.owner, -1)
             self._grow(perms[0][0], 1)
-        self.tree = self.tree.update(path, value, perms, generation)
+        if self.holders:
+            self.tree = self.tree.update(path, value, perms, generation)
+        else:
+            self._replace(path, Node(value, perms, node.children, generation))
 
     def create(self, path: bytes, value: bytes, perms: wire.Perms, generation: int) -> None:
         """A new node under a parent that exists."""
@@ -319,7 +369,12 @@ class Transaction:
             self.bytes += len(value) if path in self.changes else len(path) + len(value)
         self.changes.setdefault(path, None)
         self._grow(perms[0][0], 1)
-        self.tree = self.tree.create(path, value, perms, generation)
+        if self.holders:
+            self.tree = self.tree.create(path, value, perms, generation)
+        else:
+            above, parent = self.tree.parent_with(path, generation)
+            self._replace(path, Node(value, perms, None, generation))
+            self._replace(above, parent)
 
     def remove(self, path: bytes, generation: int) -> None:
         """A node and all below it; one event for each."""
@@ -332,11 +387,34 @@ class Transaction:
             self.changes.setdefault(below, node)
             self._grow(node.owner, -1)
             self.events.setdefault(below, False)
-            if below != path:
+            if not self.holders:
+                self._replace(below, None)
+            elif below != path:
                 # the parent goes, too: no need to unlink
                 self.tree = Tree(*self.tree._remove(below))
-        self.tree = self.tree.drop(path, generation)
+        if self.holders:
+            self.tree = self.tree.drop(path, generation)
+        else:
+            above, parent = self.tree.parent_without(path, generation)
+            if parent is not None:
+                self._replace(above, parent)
         self.events[path] = True
+
+    def _replace(self, path: bytes, node: Node | None) -> None:
+        self.replaced.append((path, self.tree.replace(path, node)))
+
+    def forget(self) -> None:
+        """As if nothing had been changed since `base`."""
+        self.tree = self.base
+        for path, was in reversed(self.replaced):
+            self.tree.replace(path, was)
+        self.settled()
+
+    def settled(self) -> None:
+        """What was changed is `base` now; what it was is nobody's any more."""
+        self.base = self.tree
+        self.replaced.clear()
+        self.changes, self.events, self.growth = {}, {}, {}
 
     def fire(self, path: bytes) -> None:
         """An event for watches of `path` and above."""
