@@ -292,6 +292,24 @@ class XenStore:
         if self._unsettled >= _SETTLED_NODES:
             self.settle()
 
+    def rewrite(self, path: bytes, node: Node, value: bytes) -> None:
+        """Another value for `node`, which is at `path`, while nobody else has the public root.
+
+        What `update`, `fire` and `publish` of `now` come to for the most frequent of all changes, at half the price.
+        """
+        tree, recorder = self.now.tree, self.recorder
+        new = Node(value, node.perms, node.children, self.tick())
+        tree.replace(path, new)
+        if recorder is not None:
+            recorder.node(path, new, tree, moved=False)
+        if node.perms[0][0]:
+            self._account(path, node, new)
+        if self.watches.by_path:
+            self._fire(path, True, node)
+        self._unsettled += 1
+        if self._unsettled >= _SETTLED_NODES:
+            self.settle()
+
     def forget(self) -> None:
         """Undo what a failed operation did to `now`."""
         if self.now.changes or self.now.events:

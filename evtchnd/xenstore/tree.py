@@ -379,10 +379,11 @@ class Transaction:
     def remove(self, path: bytes, generation: int) -> None:
         """A node and all below it; one event for each."""
         self.last = generation
-        doomed = list(self.tree.walk(path))
+        top = self.tree.get(path)
+        doomed = [(path, top)] if top is not None and top.children is None else list(self.tree.walk(path))
         for below, node in reversed(doomed):
-            self.touch(below, ALL)
             if self.touched is not None:
+                self.touch(below, ALL)
                 self.bytes += -len(node.value) if below in self.changes else len(below)
             self.changes.setdefault(below, node)
             self._grow(node.owner, -1)
