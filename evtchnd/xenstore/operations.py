@@ -17,7 +17,7 @@ from . import administration, control, wire
 from .quota import PERM_SIZE, Connection, node_size
 from .request import OK, Handler, Request, check, check_memory, refuse
 from .store import XenStore
-from .tree import CHILDREN, PERMS, VALUE, Node, Transaction
+from .tree import CHILDREN, PERMS, VALUE, Node
 from .watches import Watch
 from .wire import Op, XenStoreError
 
@@ -44,12 +44,12 @@ def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, 
             raise XenStoreError("ENOENT", f"no transaction {tx_id}")
         request = _tuple(Request, (store, conn, view, payload, op, req_id, tx_id))
         touched = view.touched
-        if touched is not None and (quotas := conn.quotas) is not None:
+        quotas = conn.quotas
+        if touched is not None and quotas is not None and not conn.allows("transaction-nodes", len(touched)):
             # One operation late: so those that fail count, too
-            if not conn.allows("transaction-nodes", len(touched)):
-                view.failed = True
-                if op != Op.TRANSACTION_END:
-                    refuse(request, "transaction-nodes", len(touched), quotas.transaction_nodes)
+            view.failed = True
+            if op != Op.TRANSACTION_END:
+                refuse(request, "transaction-nodes", len(touched), quotas.transaction_nodes)
         body = handler(request)
         if now.changes or now.events:
             store.publish(now)

@@ -87,13 +87,13 @@ class Recorder:
 
     def commit(self, ready: Iterable[Connection]) -> None:
         """All that was noted since the last one, and what is queued for rings of `ready`, counts from now on."""
+        parts = self._parts
         for conn in ready if self.rings else ():
             if conn.fresh:
                 data = b"".join(conn.fresh)
                 conn.fresh.clear()
-                self._parts.append(_positioned(Own.QUEUED, conn.log_id, conn.queued, data))
+                parts.append(_positioned(Own.QUEUED, conn.log_id, conn.queued, data))
                 conn.queued = (conn.queued + len(data)) & 0xFFFFFFFF
-        parts = self._parts
         if not parts:
             return
         data = parts[0] if len(parts) == 1 else b"".join(parts)
