@@ -69,9 +69,11 @@ class SocketConnection(asyncio.Protocol):
         if self._queued or self._blocked:
             self._pause(parser.partial)
         else:
-            if self.turn() and parser.partial:
-                # part of a message may be all that there is: a turn finds that out
-                self._queue()
+            if self.turn():
+                self.flush()
+                if parser.partial:
+                    # part of a message may be all that there is: a turn finds that out
+                    self._queue()
             server.flush()
         # after the reply: its client goes on meanwhile
         server.looking.came()
