@@ -27,3 +27,8 @@ cdef class Node:
     cdef readonly object perms
     cdef readonly PMap children
     cdef readonly object generation
+
+    @cython.locals(children=PMap)
+    cpdef Node with_child(self, name, generation)
+    @cython.locals(children=PMap)
+    cpdef Node without_child(self, name, generation)

@@ -203,6 +203,18 @@ class Node:
     def owner(self) -> int:
         return self.perms[0][0]
 
+    def with_child(self, name: bytes, generation: int) -> Node:
+        """It with one more child, the last of them."""
+        children = PMap() if self.children is None else self.children
+        return Node(self.value, self.perms, children.put(name, generation), generation)
+
+    def without_child(self, name: bytes, generation: int) -> Node:
+        """It without that child."""
+        children = self.children
+        if children is not None:
+            children = children.remove(name) if len(children) > 1 or name not in children else None
+        return Node(self.value, self.perms, children, generation)
+
     def names(self) -> list[bytes]:
         """The children's names in the order of their creation: Linux numbers its devices by it."""
         return self.listing().split(b"\0")[:-1]

@@ -124,14 +124,13 @@ class Recorder:
 
     # ---- what is noted
 
-    def node(self, path: bytes, node: Node | None, tree: Tree, *, moved: bool) -> None:
-        """A node is like this now, in `tree` (None: not there); moved: its place among its siblings may be new."""
+    def node(self, path: bytes, node: Node | None, place: int) -> None:
+        """A node is like this now (None: not there); `place` among its siblings, 0: where it was."""
         if node is None:
             self._parts.append(migration.pack_node(path, b"", b""))
             return
         specifiers = self._perms.get(node.perms) or self._specifiers(node.perms)
-        order = _order(tree, path) if moved else 0
-        self._parts.append(migration.pack_node(path, node.value, specifiers, order))
+        self._parts.append(migration.pack_node(path, node.value, specifiers, place))
 
     def _specifiers(self, perms: wire.Perms) -> bytes:
         found = self._perms.get(perms)
@@ -275,14 +274,6 @@ class Recorder:
 
 def _positioned(kind: Own, conn_id: int, position: int, data: bytes) -> bytes:
     return migration.record(kind, struct.pack("<III", conn_id, position, len(data)) + data)
-
-
-def _order(tree: Tree, path: bytes) -> int:
-    """The count by which siblings are in order."""
-    parent = tree.get(wire.parent_of(path))
-    if parent is None or parent.children is None:
-        return 0
-    return parent.children.get(path[path.rfind(b"/") + 1 :]) or 0
 
 
 def _watch(watch: Watch) -> migration.Watch:

@@ -283,7 +283,12 @@ class XenStore:
         for path, old in before.items():
             new = tree.get(path)
             if recorder is not None:
-                recorder.node(path, new, tree, moved=old is None or not alone)
+                if not alone or (old is None and view is not now):
+                    place = tree.place(path)
+                else:
+                    # One request has changed this node alone: it is where it was, or the last of its siblings
+                    place = 0 if old is not None or new is None else new.generation
+                recorder.node(path, new, place)
             self._account(path, old, new)
         if self.watches.by_path:
             for path, subtree in events.items():
@@ -301,7 +306,7 @@ class XenStore:
         new = Node(value, node.perms, node.children, self.tick())
         tree.replace(path, new)
         if recorder is not None:
-            recorder.node(path, new, tree, moved=False)
+            recorder.node(path, new, 0)
         if node.perms[0][0]:
             self._account(path, node, new)
         if self.watches.by_path:

@@ -65,8 +65,7 @@ class Tree(PMap):
         parent = self.get(above)
         if parent is None:
             raise KeyError(above)
-        children = (PMap() if parent.children is None else parent.children).put(path[at + 1 :], generation)
-        return above, Node(parent.value, parent.perms, children, generation)
+        return above, parent.with_child(path[at + 1 :], generation)
 
     def parent_without(self, path: bytes, generation: int) -> tuple[bytes, Node | None]:
         """The parent's path, and the parent as it is without that child; None: it is not there, or has none."""
@@ -75,8 +74,15 @@ class Tree(PMap):
         parent = self.get(above)
         if parent is None or parent.children is None:
             return above, None
-        siblings = parent.children.remove(path[at + 1 :])
-        return above, Node(parent.value, parent.perms, siblings if len(siblings) else None, generation)
+        return above, parent.without_child(path[at + 1 :], generation)
+
+    def place(self, path: bytes) -> int:
+        """What a node's siblings are ordered by; 0 for `/` and the special nodes."""
+        at = path.rfind(b"/")
+        parent = self.get(path[:at] if at > 0 else b"/")
+        if parent is None or parent.children is None:
+            return 0
+        return parent.children.get(path[at + 1 :]) or 0
 
     def walk(self, path: bytes = b"/") -> Iterator[tuple[bytes, Node]]:
         """A node and all below it, parents first, siblings in the order of their creation."""
