@@ -117,6 +117,7 @@ class Told:
     shared_info: list[int | None] = field(default_factory=list)
     registered: list[tuple[int, int]] = field(default_factory=list)
     vectors: list[tuple[int, ...]] = field(default_factory=list)
+    latched: list[bool] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     flags: list[bool] = field(default_factory=list)
     periods: list[tuple[int, int]] = field(default_factory=list)
@@ -165,6 +166,7 @@ class Guest:
                 {HvmParam.STORE_PFN: STORE_GFN, HvmParam.STORE_EVTCHN: 1},
                 lambda vector: told.vectors.append((vector,)),
                 lambda vcpu, vector: told.vectors.append((vcpu, vector)),
+                told.latched.append,
             ),
             VcpuOp(
                 self.vcpus,
@@ -571,6 +573,7 @@ def test_how_events_interrupt(value: int, result: int, vectors: list[tuple[int, 
     assert guest.told.vectors == vectors
     assert param(guest, Hvmop.GET_PARAM, HvmParam.CALLBACK_IRQ) == 0
     assert guest.get("Q", ARG + 8) == (0 if result else value,)
+    assert guest.told.latched == ([] if result else [True])  # the width of shared_info, as Xen does
 
 
 def test_the_toolstacks_parameters_are_the_toolstacks(guest: Guest) -> None:

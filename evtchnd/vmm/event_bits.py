@@ -33,6 +33,10 @@ class EventBits:
         self._pending = address + SHARED_INFO_PENDING
         self._mask = address + (SHARED_INFO_MASK_64 if long_mode else SHARED_INFO_MASK_32)
 
+    def resize(self, *, long_mode: bool) -> None:
+        """The same page, laid out for the other width."""
+        self.move(self._address, long_mode=long_mode)
+
     def clear_pending(self, port: int) -> bool:
         """Whether it was pending."""
         return self._clear(self._pending, port)

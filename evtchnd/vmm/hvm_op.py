@@ -53,7 +53,8 @@ _UPCALL_VECTOR = Layout("IB3x")  # vcpu, vector
 class HvmOp:
     """The calls of one domain. `call` raises GuestError for bad pointers, OSError where KVM refuses.
 
-    `set_vector(vector)`: the upcall of all vCPUs (0: none); `set_vcpu_vector(vcpu, vector)`: one's own.
+    `set_vector(vector)`: the upcall of all vCPUs (0: none); `set_vcpu_vector(vcpu, vector)`: one's own;
+    `latch(long_mode)`: shared_info is as 32-bit or 64-bit code has it from now on.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class HvmOp:
         params: Mapping[int, int],
         set_vector: Callable[[int], None],
         set_vcpu_vector: Callable[[int, int], None],
+        latch: Callable[[bool], None],
     ) -> None:
         self._domid, self._vcpus = domid, vcpus
         self._first = dict(params)
         self.params = dict(params)
-        self._set_vector, self._set_vcpu_vector = set_vector, set_vcpu_vector
+        self._set_vector, self._set_vcpu_vector, self._latch = set_vector, set_vcpu_vector, latch
 
     def offer(self, params: Mapping[int, int]) -> None:
         """More that the toolstack leaves."""
@@ -89,7 +91,7 @@ class HvmOp:
                 if index >= _NR_PARAMS:
                     return -errno.EINVAL
                 if op == Hvmop.SET_PARAM:
-                    return self._set(index, value)
+                    return self._set(index, value, guest.long_mode)
                 guest.put(_PARAM, arg, dom, pad, index, self.params.get(index, 0))
                 return 0
             case Hvmop.SET_EVTCHN_UPCALL_VECTOR:
@@ -103,7 +105,7 @@ class HvmOp:
         # PAGETABLE_DYING among them: Xen has it for shadow page tables only, and Linux asks whether it is there
         return -errno.ENOSYS
 
-    def _set(self, index: int, value: int) -> int:
+    def _set(self, index: int, value: int, long_mode: bool) -> int:
         if index not in _SETTABLE:
             return -errno.EPERM
         if index == HvmParam.CALLBACK_IRQ:
@@ -117,5 +119,7 @@ class HvmOp:
             elif value != 1:
                 # 1 is what Linux says when every vCPU has its own vector; a GSI or PCI's INTx is not there
                 return -errno.EINVAL
+            # A 64-bit kernel need not write the hypercall page's MSR, by which KVM knows it from a 32-bit boot loader.
+            self._latch(long_mode)
         self.params[index] = value
         return 0

@@ -178,6 +178,7 @@ class MicroVm:
             params,
             xen.set_upcall_vector,
             lambda n, vector: self.vcpus[n].xen.set_upcall_vector(vector),
+            lambda long_mode: self._shared_info.latch(long_mode),
         )
         self._timers = PeriodicTimers(lambda n: self.channels.raise_virq(Virq.TIMER, n), guest.name)
         undo.callback(self._timers.close)
@@ -197,6 +198,7 @@ class MicroVm:
             self._ram,
             guest.vcpus,
             self._vcpu_op.registered,
+            Memory(f"{guest.name} shared_info", PAGE_SIZE, undo),
         )
         self.hypercalls = Hypercalls(
             self._label,

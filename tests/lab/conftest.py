@@ -74,6 +74,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for death in run.deaths:
         terminalreporter.section("a boot of the lab died")
         terminalreporter.write_line(str(death))
+    for repeated in run.repeated:
+        terminalreporter.section("a guest of the lab triple-faulted, its test was repeated")
+        terminalreporter.write_line(repeated)
     if run.skipped:
         terminalreporter.write_line(f"lab: {run.skipped} tests skipped: {run.missing}", yellow=True)
     elif run.boots:

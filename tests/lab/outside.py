@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lab import machine, prepare
+from lab import inside, machine, prepare
 from lab.machine import BOOTS, LOOK_S, LabDied, LabMissing, Machine
 
 # What a test may take where nothing else is said; times all tests, the boot's limit.
@@ -34,6 +34,7 @@ class LabRun:
     def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         self.config = config
         self.deaths: list[LabDied] = []
+        self.repeated: list[str] = []  # tests that a guest's triple fault had failed
         self.missing = ""  # why there is no lab
         self.skipped = 0
         self.boots = 0
@@ -140,6 +141,7 @@ class LabRun:
             report.longrepr = tuple(report.longrepr)
         report.sections = [(name, text) for name, text in report.sections]
         report.user_properties = [(name, value) for name, value in report.user_properties]
+        self.repeated += [f"{report.nodeid}: {why}" for name, why in report.user_properties if name == inside.REPEATED]
         return report
 
     def _judged(self, report: pytest.TestReport) -> pytest.TestReport:
