@@ -60,6 +60,7 @@ class SocketConnection(asyncio.Protocol):
         self._transport = transport = cast("asyncio.Transport", transport)
         transport.set_write_buffer_limits(high=HIGH_WATER)
         self._server.connections[self._conn] = self
+        self._server.looking.joined()
         if len(self._server.connections) > CLIENTS_MAX:
             self._end(f"{CLIENTS_MAX} clients are connected")
 
