@@ -4,6 +4,7 @@ One source: the modules here are Cython's pure-Python mode. setup.py compiles th
 run as they are, about five times slower. `EVTCHND_PURE=1` takes the Python form although the compiled one is there.
 
 words: Mem, Area (raw words) | frames: guest frame -> address | pins: grants | req, blk: blkif batches
+nodes: XenStore's nodes and the map that holds them
 """
 
 from __future__ import annotations
