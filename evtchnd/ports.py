@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import NamedTuple
 
 from evtchnd.abi import (
     DOMID_SELF,
@@ -52,8 +52,7 @@ class Effect(Enum):
     CLOSED = auto()  # the guest closed its end of what domain 0 connected as `port`: tell the daemon
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One effect on one guest port; `vcpu` is Xen's number."""
 
     effect: Effect
@@ -71,8 +70,7 @@ class Kind(Enum):
     PIRQ = auto()  # raised by a write to `notify_fd`, a device's interrupt; a send on it leaves the kernel
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """A port as the kernel should have it.
 
     `vcpu`: Xen's number of the vCPU that is told: of the port itself (EVENTFD: where `notify_fd` raises it, IPI) or
@@ -89,8 +87,7 @@ class Setting:
     serial: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """Answer of EVTCHNOP_status. `dom`, `port`: the other end (unbound: who may bind); `irq`: a virq or pirq."""
 
     state: Evtchnstat
@@ -100,8 +97,7 @@ class Status:
     irq: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
+class _End(NamedTuple):
     """Domain 0's end: its own `number`, the guest port it was connected as (`home`), and is connected to (0: none)."""
 
     number: int
@@ -112,8 +108,7 @@ class _End:
     serial: int
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(NamedTuple):
     """What `PortTable.restore` takes; opaque."""
 
     ports: dict[int, Status]
@@ -199,7 +194,7 @@ class PortTable:
         port = end.home if end is not None and back else self._free_port()
         if end is None:
             raise self._refused(number, "domain 0 has no such port that is unbound")
-        self._ends[end.home] = replace(end, port=port)
+        self._ends[end.home] = end._replace(port=port)
         self._put(port, Status(Evtchnstat.INTERDOMAIN, port=number))
         self._deliver(Delivery(Effect.RAISE, port))
         return port
@@ -246,7 +241,7 @@ class PortTable:
         if not movable:
             raise self._refused(port, f"{status.state.name.lower()}: cannot change its vCPU")
         if status.vcpu != vcpu:
-            self._put(port, replace(status, vcpu=vcpu))
+            self._put(port, status._replace(vcpu=vcpu))
 
     def send(self, port: int) -> Delivery:
         """What a send does (also handed to `deliver`). EINVAL where there is nobody to send to."""
@@ -282,7 +277,7 @@ class PortTable:
             self._put(status.port, Status(Evtchnstat.UNBOUND, other.vcpu, dom=self.domid))
         elif status.state is Evtchnstat.INTERDOMAIN:
             end = self._end_of(port)
-            self._ends[end.home] = replace(end, port=0)
+            self._ends[end.home] = end._replace(port=0)
             gone = end.home
         elif status.state is Evtchnstat.VIRQ:
             self._virqs = {key: bound for key, bound in self._virqs.items() if bound != port}

@@ -14,6 +14,7 @@ from evtchnd._core import COMPILED
 
 ROOT = Path(__file__).parents[1]
 SHARED_TESTS = ["words", "memory", "grants", "ring", "stream", "journal", "blk", "netback_hostile"]
+SHARED_TESTS += ["xenstore_tree", "xenstore_store"]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +45,7 @@ def test_the_python_form_passes_the_same_tests() -> None:
 
 
 def test_the_forms_agree_in_every_module() -> None:
-    names = ["words", "frames", "pins", "req", "blk"]
+    names = ["words", "frames", "pins", "req", "blk", "nodes"]
     code = f"import importlib; print({{importlib.import_module('evtchnd._core.' + n).COMPILED for n in {names}}})"
     assert python(code).stdout.strip() == f"{{{COMPILED}}}"
     assert python(code, EVTCHND_PURE="1").stdout.strip() == "{False}"

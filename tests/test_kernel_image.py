@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from evtchnd.errors import OperatorError
-from evtchnd.vmm import elf, kernel_image
+from evtchnd.vmm import elf, kernel_image, unpack
 
 # what the kernel's build calls (scripts/Makefile.lib); the last 4 bytes of the payload are the size, but for gzip
 PACKINGS = ["plain", "gzip", "bzip2", "xz", "lzma", "lz4", "lzo", "zstd"]
@@ -117,7 +117,7 @@ def test_a_boot_sector_count_of_zero_means_four(tmp_path: Path) -> None:
     assert kernel_image.elf_image(written(tmp_path, bytes(data))) == pvh_elf()
 
 
-def test_what_was_unpacked_is_kept_by_its_content(tmp_path: Path, own_cache: Path) -> None:
+def test_what_was_unpacked_is_kept_until_the_file_is_another(tmp_path: Path, own_cache: Path) -> None:
     image = pvh_elf()
     path = written(tmp_path, bzimage(gzip.compress(image)))
     kernel_image.elf_image(path)
@@ -125,7 +125,20 @@ def test_what_was_unpacked_is_kept_by_its_content(tmp_path: Path, own_cache: Pat
     # seen to be read: what lies there is what comes
     kept.write_bytes(b"\x7fELF, kept")
     assert kernel_image.elf_image(path) == b"\x7fELF, kept"
-    assert kernel_image.elf_image(written(tmp_path, bzimage(gzip.compress(pvh_elf(noise=1))))) == pvh_elf(noise=1)
+    other = pvh_elf(noise=1, size=9001)
+    written(tmp_path, bzimage(gzip.compress(other, 0)))
+    assert kernel_image.elf_image(path) == other
+    # another file with the same size and mtime in its place
+    before, new = path.stat(), tmp_path / "new"
+    new.write_bytes(bzimage(gzip.compress(pvh_elf(noise=2, size=9001), 0)))
+    while new.stat().st_ctime_ns == before.st_ctime_ns or new.stat().st_mtime_ns != before.st_mtime_ns:
+        os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    new.rename(path)
+    assert path.stat().st_size == before.st_size
+    assert kernel_image.elf_image(path) == pvh_elf(noise=2, size=9001)
+    # the same content under another name is unpacked for itself
+    shutil.copy2(path, tmp_path / "copy")
+    assert kernel_image.elf_image(tmp_path / "copy") == pvh_elf(noise=2, size=9001)
 
 
 def test_the_cache_does_not_grow(tmp_path: Path, own_cache: Path) -> None:
@@ -184,23 +197,23 @@ def test_what_lzop_makes(options: list[str], tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(image)
     command = ["lzop", *options, "-c", tmp_path / "image"]
     data = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
-    assert kernel_image.unpack(data, sized=False) == image
+    assert unpack.unpack(data, sized=False) == image
     if "-F" not in options:
         with pytest.raises(OperatorError, match="its lzo payload is damaged: the checksum of the block at byte"):
-            kernel_image.unpack(data[:1000] + bytes((data[1000] ^ 1,)) + data[1001:], sized=False)
+            unpack.unpack(data[:1000] + bytes((data[1000] ^ 1,)) + data[1001:], sized=False)
     for end in (20, 30, 36, 1000, len(data) - 5, len(data) - 1):
         with pytest.raises(OperatorError, match="its lzo payload is damaged"):
-            kernel_image.unpack(data[:end], sized=False)
+            unpack.unpack(data[:end], sized=False)
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_image.ctypes, "CDLL", _no_library)
+    monkeypatch.setattr(unpack.ctypes, "CDLL", _no_library)
     for magic, line in (
         (b"\x89LZO", "liblzo2.so.2 is missing: install Debian's liblzo2-2"),
         (b"\x02\x21\x4c\x18", "liblz4.so.1 is missing: install Debian's liblz4-1"),
     ):
         with pytest.raises(OperatorError, match=f"^{line}$"):
-            kernel_image.unpack(magic + bytes(50), sized=False)
+            unpack.unpack(magic + bytes(50), sized=False)
 
 
 def _no_library(name: str) -> None:

@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
                 "restore",
             )
         ),
-        ("base", "core._core.words"),
+        ("base", "core._core.words", "core._core.nodes"),
     ),
     "xenstore": (("xenstore",), ("base", "core", "store", "channel")),
     "channel": (("channel",), ("base", "core")),

@@ -95,6 +95,19 @@ def test_short_sleeps_that_never_pay_are_tried_ever_more_seldom() -> None:
     assert loop.turns(1000) >= 48
 
 
+def test_a_new_client_is_waited_for_whatever_the_others_did() -> None:
+    loop, look = looking()
+    for _ in range(20):
+        look.came()
+        loop.turns(1000)
+        loop.now += 30_000  # just too late, each time
+    look.came()
+    assert not loop.soon
+    look.joined()
+    look.came()
+    assert 50 <= loop.turns(1000) <= 53
+
+
 def test_closed_it_looks_no_more() -> None:
     loop, look = looking()
     look.close()

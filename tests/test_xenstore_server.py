@@ -14,7 +14,7 @@ import pytest
 from evtchnd.errors import HostError
 from evtchnd.xenstore import wire
 from evtchnd.xenstore.client import Client
-from evtchnd.xenstore.server import Server
+from evtchnd.xenstore.server import HIGH_WATER, WRITE_BYTES, Server
 from evtchnd.xenstore.wire import Op, XenStoreError
 from scale import scaled
 from xenstore_ends import FrontRing
@@ -153,6 +153,33 @@ async def test_xsa_326_416_pipelined_requests_with_unread_replies(server: Server
     await sending
     sock.close()
     await other.close()
+
+
+async def test_events_that_have_waited_come_whole_and_in_order(server: Server) -> None:
+    count, token = 5000, b"t" * 200
+    sock = await raw(server)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(sock, wire.pack(Op.WATCH, 7, 0, b"/a\0%b\0" % token))
+    await until(lambda: len(server.store.watches))
+    for number in range(count):
+        server.write(f"/a/{number}", "")
+    conn = next(conn for conn in server.connections if conn.watches)
+    # more than a socket takes: they wait here, and leave together
+    assert len(conn.out) > 100
+    transport = server.connections[conn]._transport  # type: ignore[union-attr]
+    assert transport is not None
+    parser = wire.Parser()
+    got: list[tuple[int, bytes]] = []
+    while len(got) < count + 2:
+        parser.feed(await loop.sock_recv(sock, 1 << 20))
+        # what is not there any more for the quotas is bounded, too
+        assert transport.get_write_buffer_size() <= HIGH_WATER + WRITE_BYTES + 4112
+        while (message := parser.next()) is not None:
+            got.append((message[0], message[3]))
+    assert got[:2] == [(Op.WATCH, b"OK\0"), (Op.WATCH_EVENT, b"/a\0%b\0" % token)]
+    assert got[2:] == [(Op.WATCH_EVENT, b"/a/%d\0%b\0" % (number, token)) for number in range(count)]
+    assert (len(conn.out), conn.out_bytes, conn.unread) == (0, 0, {})
+    sock.close()
 
 
 async def test_a_tool_that_never_reads_its_events_is_closed(

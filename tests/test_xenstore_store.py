@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from typing import Any
+
 import pytest
 
+from evtchnd.xenstore import restore
+from evtchnd.xenstore.log import Log
 from evtchnd.xenstore.operations import handle
 from evtchnd.xenstore.store import XenStore
 from evtchnd.xenstore.wire import Op
@@ -289,3 +294,117 @@ def test_who_fires_events_waits_until_they_are_read(tool: Guest) -> None:
     guest.write("data/x")
     store.disconnect(tool.conn)
     assert guest.conn.caused == 0
+
+
+# ---- one root, changed in place
+
+
+def contents(store: XenStore) -> list[tuple[bytes, bytes, object, list[bytes]]]:
+    return [(path, node.value, node.perms, node.names()) for path, node, _ in store.everything(store.tree)]
+
+
+def change_all(tool: Guest, paths: list[bytes]) -> None:
+    """Each node in another way: another value, removed, removed and made again."""
+    for number, path in enumerate(paths):
+        if number % 3:
+            assert tool.ask(Op.RM, path + b"\0") == OK
+        if number % 3 != 1:
+            assert tool.ask(Op.WRITE, path + b"\0changed") == OK
+        assert tool.ask(Op.WRITE, path + b"-new/below\0x") == OK
+
+
+@pytest.mark.parametrize("walk", [restore.stream, XenStore.check_steps])
+@pytest.mark.parametrize("at_first", [False, True], ids=["in a transaction's company", "alone"])
+def test_a_walk_sees_one_moment(
+    store: XenStore, tool: Guest, walk: Callable[[XenStore], Generator[object, None, object]], at_first: bool
+) -> None:
+    paths = [b"/w/%d/%d" % (n // 10, n % 10) for n in range(200)]
+    for path in paths:
+        tool.ask(Op.WRITE, path + b"\0first")
+    then = contents(store)
+    if not at_first:
+        handle(store, store.connect(0), Op.TRANSACTION_START, 0, 0, b"\0")
+    steps = walk(store)
+    parts = [next(steps)]
+    change_all(tool, paths)
+    result: Any = None
+    try:
+        while True:
+            parts.append(next(steps))
+    except StopIteration as end:
+        result = end.value
+    if walk is restore.stream:
+        assert contents(restore.from_stream(b"".join(parts))) == then  # type: ignore[arg-type]
+    else:
+        assert result == []
+    assert store.now.holders == (0 if at_first else 1)
+    assert store.check() == []
+
+
+def test_a_shorter_log_is_of_one_moment(tool: Guest) -> None:
+    log = Log.create()
+    store = restore.open_store(log)
+    tool = Guest(store, 0)
+    paths = [b"/w/%d/%d" % (n // 10, n % 10) for n in range(200)]
+    for path in paths:
+        tool.ask(Op.WRITE, path + b"\0first")
+    assert store.recorder is not None
+    steps = store.recorder.compact()
+    assert steps is not None
+    next(steps)
+    change_all(tool, paths)
+    for _ in steps:
+        pass
+    assert contents(restore.open_store(Log(log.fd))) == contents(store)
+    assert store.now.holders == 0
+
+
+def test_a_transaction_sees_the_moment_of_its_start(store: XenStore, tool: Guest) -> None:
+    paths = [b"/w/%d" % n for n in range(50)]
+    for path in paths:
+        tool.ask(Op.WRITE, path + b"\0first")
+    reader = Guest(store, 0)
+    tx = reader.start()
+    change_all(tool, paths)
+    assert [reader.ask(Op.READ, path + b"\0", tx) for path in paths] == [b"first"] * 50
+    assert reader.ask(Op.DIRECTORY, b"/w\0", tx) == b"".join(b"%d\0" % n for n in range(50))
+    assert reader.ask(Op.TRANSACTION_END, b"T\0", tx) == "EAGAIN"
+    change_all(tool, paths[:10])
+    tx = reader.start()
+    store.disconnect(reader.conn)
+    assert store.now.holders == 0
+
+
+@pytest.mark.parametrize(
+    ("op", "payload"),
+    [
+        (Op.WRITE, b"/t/a/new/deep\0x"),
+        (Op.MKDIR, b"/t/new\0"),
+        (Op.RM, b"/t\0"),
+        (Op.RM, b"/t/b\0"),
+        (Op.SET_PERMS, b"/t/b\0n7\0"),
+    ],
+)
+@pytest.mark.parametrize("holders", [0, 1])
+def test_a_defect_leaves_nothing_behind(
+    store: XenStore, tool: Guest, monkeypatch: pytest.MonkeyPatch, op: Op, payload: bytes, holders: int
+) -> None:
+    for path in (b"/t/a", b"/t/b/c", b"/t/b/d", b"/t/e"):
+        tool.ask(Op.WRITE, path + b"\0value")
+    store.introduce(7)
+    if holders:
+        handle(store, store.connect(0), Op.TRANSACTION_START, 0, 0, b"\0")
+    before = contents(store)
+
+    def defective(self: XenStore, view: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(XenStore, "publish", defective)
+        assert tool.ask(op, payload) == "EIO"
+    assert contents(store) == before
+    assert store.check() == []
+    assert store.now.holders == holders
+    assert tool.ask(op, payload) == OK
+    assert contents(store) != before
+    assert store.check() == []

@@ -43,6 +43,42 @@ def test_map_grows_and_shrinks() -> None:
     assert (len(now), list(now.items()), len(full)) == (0, [], count)
 
 
+@given(st.lists(st.tuples(st.booleans(), keys, st.integers()), max_size=900), st.integers(0, 100))
+def test_a_map_changed_in_place_is_a_dict(steps: list[tuple[bool, bytes, int]], copied: int) -> None:
+    now: PMap[int] = PMap()
+    model: dict[bytes, int] = {}
+    for number, (put, key, value) in enumerate(steps):
+        if number % 101 == copied:
+            # as when a transaction was open for a while
+            now = now.put(b"other", value)
+            model[b"other"] = value
+        assert now.replace(key, value if put else None) == model.get(key)
+        if put:
+            model[key] = value
+        else:
+            model.pop(key, None)
+        assert len(now) == len(model)
+        assert now.get(key) == model.get(key)
+    assert dict(now.items()) == model
+
+
+def test_map_grows_and_shrinks_in_place() -> None:
+    count = scaled(200_000, least=5000)
+    now: PMap[int] = PMap()
+    for number in range(count):
+        assert now.replace(b"%d" % number, number) is None
+    assert all(now.get(b"%d" % number) == number for number in range(count))
+    # its leaves are short: a copy of the way to one is
+    path = now._root
+    while type(path) is list:
+        assert len(path) == 32
+        path = path[0]
+    assert len(path) <= 32
+    for number in range(count):
+        assert now.replace(b"%d" % number, None) == number
+    assert (len(now), list(now.items()), now._root) == (0, [], {})
+
+
 def make(*paths: bytes) -> Tree:
     tree = Tree.empty(PERMS, ())
     for generation, path in enumerate(paths, 1):

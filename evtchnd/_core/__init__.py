@@ -5,6 +5,7 @@ run as they are, about five times slower. `EVTCHND_PURE=1` takes the Python form
 
 words: Mem, Area (raw words) | frames: guest frame -> address | pins: grants | req, blk: blkif batches
 nettx, netrx: netif packets, each with one writev or readv of a TAP | toeplitz: a packet's hash
+nodes: XenStore's nodes and the map that holds them
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 from evtchnd import protocol as p
 from evtchnd import transport
@@ -53,8 +53,7 @@ class Disconnected(HostError):
     """The daemon has gone, or does not answer: the connection is of no more use."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemorySlot:
+class MemorySlot(NamedTuple):
     """`pages` of 4096 bytes at guest frame `gfn` are the memfd `fd` from byte `offset` on."""
 
     slot: int
@@ -73,8 +72,7 @@ class GrantFrame:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class BoundPort:
+class BoundPort(NamedTuple):
     """A port that is bound already (RESUME): the kick eventfd from on_bind, the notify eventfd that it returned."""
 
     port: int

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from evtchnd.errors import OperatorError
 
@@ -26,8 +26,7 @@ _SECTION = {1: struct.Struct("<IIIIIIIIII"), 2: struct.Struct("<IIQQQQIIQQ")}
 _NOTE = struct.Struct("<III")  # namesz, descsz, type
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """`data` goes to physical `address`, then zeros up to `size` bytes."""
 
     address: int
@@ -35,8 +34,7 @@ class Segment:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(NamedTuple):
     """`entry`: physical, in 32-bit protected mode (PVH)."""
 
     entry: int
@@ -52,7 +50,7 @@ class Image:
         return min(segment.address for segment in self.segments)
 
 
-def parse(image: bytes) -> Image:
+def parse(image: bytes | memoryview) -> Image:
     """OperatorError says in one line why this cannot be started."""
     try:
         return _parse(memoryview(image))

@@ -10,10 +10,7 @@ It lies in a memory slot of its own, so all of the domain's RAM is free.
 
 from __future__ import annotations
 
-import shutil
 import struct
-import subprocess
-import tempfile
 from enum import IntEnum
 from pathlib import Path
 
@@ -61,6 +58,10 @@ _FLAGS_C += " -mno-red-zone -mgeneral-regs-only -nostdlib -static -Wl,--build-id
 
 def build(*, long_mode: bool = True) -> bytes:
     """The agent's code, compiled. HostError without a C compiler."""
+    import shutil  # these are slow to import, and no guest but the agent needs them
+    import subprocess
+    import tempfile
+
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise HostError("the agent guest is built with a C compiler: install gcc")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from evtchnd.vmm.kvm import PRIO_2LEVEL
 from evtchnd.vmm.kvm_ioctl import KvmError, ioctl, iow
@@ -27,8 +27,7 @@ _IOAPIC = 2  # KVM_IRQCHIP_IOAPIC
 _ROUTE = struct.Struct("<IIII32s")  # kvm_irq_routing_entry: gsi, type, flags, pad, the union
 
 
-@dataclass(frozen=True, slots=True)
-class EventRoute:
+class EventRoute(NamedTuple):
     """A gsi that raises an event port (KVM_IRQ_ROUTING_XEN_EVTCHN); `vcpu` is KVM's id."""
 
     gsi: int
@@ -36,8 +35,7 @@ class EventRoute:
     vcpu: int
 
 
-@dataclass(frozen=True, slots=True)
-class MsiRoute:
+class MsiRoute(NamedTuple):
     """A gsi that is a message (KVM_IRQ_ROUTING_MSI)."""
 
     gsi: int
@@ -45,8 +43,7 @@ class MsiRoute:
     data: int
 
 
-@dataclass(frozen=True, slots=True)
-class PinRoute:
+class PinRoute(NamedTuple):
     """A gsi that is a pin of the I/O APIC (KVM_IRQ_ROUTING_IRQCHIP), the only kind that is level triggered."""
 
     gsi: int

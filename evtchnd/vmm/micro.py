@@ -22,11 +22,9 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +106,14 @@ def size_of(text: str) -> int:
     return size
 
 
+def uuid_of(text: str) -> bytes:
+    """Its 16 bytes. The module uuid knows much more, and is slow to import."""
+    digits = text.replace("-", "")
+    if not re.fullmatch(r"[0-9a-fA-F]{32}", digits):
+        raise argparse.ArgumentTypeError(f"'{text}' is no UUID")
+    return bytes.fromhex(digits)
+
+
 def parser() -> argparse.ArgumentParser:
     text = (__doc__ or "").splitlines()[0]
     parse = argparse.ArgumentParser(prog="evtchnd-micro", description=text, allow_abbrev=False)
@@ -115,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     add("--socket", type=Path, default=Path("/run/evtchnd/vmm.sock"), help="the daemon's (%(default)s)")
     add("--domid", type=int, default=1, help="(%(default)s)")
     add("--name", default="", help="(gDOMID)")
-    add("--uuid", type=uuid.UUID, default=uuid.UUID(int=0), help="of the guest (none)")
+    add("--uuid", type=uuid_of, default=bytes(16), metavar="UUID", help="of the guest (none)")
     add("--kernel", type=Path, required=True, help="bzImage or ELF file with a PVH entry")
     add("--initrd", type=Path, help="the first module")
     add("--module", action="append", default=[], metavar="FILE[ ARGUMENTS]", help="another module; can be repeated")
@@ -179,7 +185,7 @@ def guest_of(args: argparse.Namespace, disks: tuple[Disk, ...]) -> Guest:
         vifs=tuple(str(vifspec.parse(text)) for text in args.vif),
         attach_vif=functools.partial(attach_vif, args.socket, args.domid),
         grant_frames=args.grant_frames,
-        uuid=args.uuid.bytes,
+        uuid=args.uuid,
         timeout=args.timeout,
         resume=args.resume,
     )
@@ -187,6 +193,8 @@ def guest_of(args: argparse.Namespace, disks: tuple[Disk, ...]) -> Guest:
 
 def attach_vif(socket: Path, domid: int, spec: str) -> None:
     """At the operator's socket, which is beside the VMMs'. OperatorError in the daemon's words."""
+    import subprocess  # as below
+
     done = subprocess.run(
         [*_evtchnctl(socket), "network-attach", str(domid), spec], capture_output=True, text=True, check=False
     )
@@ -206,6 +214,8 @@ def pause_after(lived: float, last: float) -> float:
 @contextlib.contextmanager
 def _console(guest: Guest) -> Iterator[None]:
     """`evtchnctl console` in this terminal, as long as the guest runs or until ^]."""
+    import subprocess  # slow to import, and most guests run without
+
     child = subprocess.Popen([*_evtchnctl(guest.socket), "console", str(guest.domid)])
     try:
         yield

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from evtchnd.abi import PAGE_SHIFT, PAGE_SIZE, Virq
 from evtchnd.errors import EvtchndError, HostError
@@ -36,6 +37,7 @@ from evtchnd.vmm.hypercalls import Hypercalls, Shutdown
 from evtchnd.vmm.kvm import INVALID_GFN, XenHvm
 from evtchnd.vmm.kvm_kernel import KvmKernel
 from evtchnd.vmm.kvm_machine import Exit, Hypercall, Io, Machine, Mmio, Vcpu
+from evtchnd.vmm.loading import Loading
 from evtchnd.vmm.memory_op import MemoryOp
 from evtchnd.vmm.periodic_timers import PeriodicTimers
 from evtchnd.vmm.physmap import Memory, Physmap
@@ -55,8 +57,7 @@ _NEEDED = XenHvm.INTERCEPT_HCALL | XenHvm.SHARED_INFO | XenHvm.RUNSTATE | XenHvm
 _JOIN_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
+class Disk(NamedTuple):
     """An image that was opened for the guest."""
 
     devid: int
@@ -91,8 +92,7 @@ class Guest:
     resume: float = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """Why a guest has ended, and how it is known. `fault`: not as it should, whatever follows."""
 
     reason: Shutdown
@@ -125,13 +125,13 @@ class MicroVm:
         with contextlib.ExitStack() as undo:
             self._build(undo, write)
             self._reserve()
-            start = pvh.load(
-                self.physmap.write, guest.memory, guest.vcpus, guest.image, guest.command_line, guest.modules
-            )
-            self.vcpus[0].start_pvh(guest.image.entry, start)
+            # the daemon, which starts a worker meanwhile, does not look at what lies in RAM yet
+            loading = Loading(self._load)
+            undo.callback(loading.join)
             undo.callback(lambda: self.link.release((self._ended or Ended(Shutdown.CRASH, "")).reason))
             undo.callback(self._stop)
             self.link.connect(patience, stopped)
+            loading.result()
             self._undo = undo.pop_all()
 
     def _build(self, undo: contextlib.ExitStack, write: Callable[[bytes], None]) -> None:
@@ -221,6 +221,14 @@ class MicroVm:
         self.link = DaemonLink(
             guest.socket, self.channels, self._introduce, timeout=guest.timeout, lost=self._daemon_lost
         )
+
+    def _load(self) -> None:
+        guest = self.guest
+        start = pvh.load(self.physmap.write, guest.memory, guest.vcpus, guest.image, guest.command_line, guest.modules)
+        self.vcpus[0].start_pvh(guest.image.entry, start)
+        for segment in guest.image.segments:
+            first, end = segment.address & -PAGE_SIZE, segment.address + segment.size + PAGE_SIZE - 1 & -PAGE_SIZE
+            self.vcpus[0].pre_fault(first, end - first)
 
     # ---- its life ----------------------------------------------------------------------------------------------
 

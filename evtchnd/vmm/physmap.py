@@ -7,15 +7,22 @@ its RAM too.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from evtchnd.abi import PAGE_SHIFT
+from evtchnd.abi import PAGE_SHIFT, PAGE_SIZE
 from evtchnd.errors import GuestError
 from evtchnd.memory import Region, map_range
+
+MADV_POPULATE_WRITE = 23
+POPULATED = 1 << 20
+
+_libc = ctypes.CDLL(None)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 # (slot, guest address, bytes, address here): KVM_SET_USER_MEMORY_REGION; 0 bytes: gone
 SetSlot = Callable[[int, int, int, int], None]
@@ -40,13 +47,18 @@ class Memory:
         undo.callback(self._unmap)
         self.view, self.address = self._region.view, self._region.address
 
+    def populate(self, offset: int, size: int) -> None:
+        """The pages of that range are there, and mapped here, from now on; a hint (Linux 5.14)."""
+        before = offset % PAGE_SIZE
+        address, length = self.address + offset - before, size + before
+        _libc.madvise(address, length, MADV_POPULATE_WRITE)
+
     def _unmap(self) -> None:
         self.view.release()
         self._region.area.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """`pages` frames from `gfn` are `memory` from byte `offset` on."""
 
     number: int
@@ -96,12 +108,19 @@ class Physmap:
 
     def write(self, gpa: int, data: bytes | memoryview) -> None:
         """GuestError where a frame is in no slot; what is before it is done."""
+        self._populate(gpa, len(data))
         done = 0
         while done < len(data):
             memory, at, most = self._extent(gpa + done)
             count = min(most, len(data) - done)
             memory.view[at : at + count] = data[done : done + count]
             done += count
+
+    def _populate(self, gpa: int, size: int) -> None:
+        """Pages for much data are made in one go: a fault for each of them costs more than the copy."""
+        if size >= POPULATED:
+            memory, at, most = self._extent(gpa)
+            memory.populate(at, min(size, most))
 
     def _extent(self, gpa: int) -> tuple[Memory, int, int]:
         """The memory that an address is in, the byte in it, and how many there are up to the end of its slot."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from evtchnd.errors import OperatorError
 from evtchnd.vmm import acpi
@@ -30,13 +30,13 @@ _MAGIC = 0x336EC578  # XEN_HVM_START_MAGIC_VALUE
 _START_INFO = struct.Struct("<IIIIQQQQII")
 _MODULE = struct.Struct("<QQQQ")
 _MAP_ENTRY = struct.Struct("<QQII")
+_ZEROS = bytes(MiB)
 _MAX_MODULES = (MEMORY_MAP - MODULE_LIST) // _MODULE.size
 
 Write = Callable[[int, bytes | memoryview], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """A file for the guest (an initrd, a guest kernel for a shim) with its command line."""
 
     data: bytes
@@ -73,7 +73,10 @@ def load(write: Write, memory: int, vcpus: int, image: Image, command_line: str,
             f"the kernel wants {image.start:#x} to {image.end:#x}, RAM is {MiB:#x} to {top:#x}: give it more memory"
         )
     for segment in image.segments:
-        write(segment.address, segment.data)
+        for at in range(0, len(segment.data), len(_ZEROS)):
+            part = segment.data[at : at + len(_ZEROS)]
+            if not _ZEROS.startswith(part):
+                write(segment.address + at, part)
     if len(modules) > _MAX_MODULES:
         raise OperatorError(f"{len(modules)} modules: at most {_MAX_MODULES}")
     lines = _CommandLines(write)

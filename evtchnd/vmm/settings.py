@@ -16,8 +16,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from evtchnd.errors import HostError
 from evtchnd.ports import Kind, Setting
@@ -25,8 +24,7 @@ from evtchnd.ports import Kind, Setting
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """Interrupt `gsi` raises `port` on Xen's vCPU `vcpu`. `gsi` counts from 0: a kernel adds where its own begin."""
 
     gsi: int
@@ -53,8 +51,7 @@ class Kernel(Protocol):
         """Ends that."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+class _Held(NamedTuple):
     """A setting with the descriptors that are ours, and its route; None: nothing raises the port from outside."""
 
     setting: Setting
@@ -111,7 +108,7 @@ class Applier:
                 held[port] = _duplicate(setting)
                 fresh.append(held[port])
             else:
-                ours = replace(setting, kick_fd=old.setting.kick_fd, notify_fd=old.setting.notify_fd)
+                ours = setting._replace(kick_fd=old.setting.kick_fd, notify_fd=old.setting.notify_fd)
                 held[port] = old if ours == old.setting else _Held(ours, old.route)
         used = {old.route.gsi for port, old in self._held.items() if old.route is not None and port in held}
         free = iter(gsi for gsi in range(len(held) + len(used)) if gsi not in used)
@@ -225,7 +222,7 @@ def _duplicate(setting: Setting) -> _Held:
         if kick >= 0:
             os.close(kick)
         raise
-    return _Held(replace(setting, kick_fd=kick, notify_fd=notify), None)
+    return _Held(setting._replace(kick_fd=kick, notify_fd=notify), None)
 
 
 def _dup(fd: int) -> int:

@@ -61,8 +61,8 @@ class Log:
             self.close()
             raise
         self._area = self._words.load(_AREA_AT) * 8
-        self._active = self._words.load(_ACTIVE) & 1
-        self.used = self._words.load(_COMMITTED[self._active]) * 8
+        self._activate(self._words.load(_ACTIVE) & 1)
+        self.used = self._words.load(self._committed) * 8
         self._copied = 0
         if self.used > self._area:
             self.close()
@@ -87,6 +87,10 @@ class Log:
             ) from None
         return cls(fd)
 
+    def _activate(self, which: int) -> None:
+        """Appends go to this area."""
+        self._active, self._committed, self._begin = which, _COMMITTED[which], _HEADER + which * self._area
+
     def clear(self) -> None:
         """Nothing is in it any more."""
         self.begin_copy()
@@ -109,9 +113,9 @@ class Log:
         start, end = self.used, self.used + len(data)
         if end > self._area:
             raise LogFullError(f"the XenStore log is full ({self._area} bytes)")
-        at = _HEADER + self._active * self._area
+        at = self._begin
         self._map[at + start : at + end] = data
-        self._words.store(_COMMITTED[self._active], end >> 3)
+        self._words.store(self._committed, end >> 3)
         self.used = end
 
     def reserve(self, generation: int) -> int:
@@ -127,7 +131,7 @@ class Log:
 
     def records(self) -> Iterator[tuple[int, bytes, int]]:
         """(type, body, offset) of all that count. MigrationError: the log is damaged."""
-        start = _HEADER + self._active * self._area
+        start = self._begin
         with memoryview(self._map) as view, view[start : start + self.used] as data:
             yield from migration.raw_records(data, 0, self.used)
 
@@ -150,7 +154,7 @@ class Log:
     def copy_tail(self, start: int, most: int) -> int:
         """What the log has got since it was `start` bytes long, `most` at most, to the other area; -> where it ends."""
         end = min(self.used, start + most)
-        at = _HEADER + self._active * self._area
+        at = self._begin
         self.copy(self._map[at + start : at + end])
         return end
 
@@ -159,7 +163,8 @@ class Log:
         other = 1 - self._active
         self._words.store(_COMMITTED[other], self._copied >> 3)
         self._words.store(_ACTIVE, other)
-        self._active, self.used, self._copied = other, self._copied, 0
+        self._activate(other)
+        self.used, self._copied = self._copied, 0
 
     def free(self, start: int, size: int) -> None:
         """Gives back memory of the other area: whole pages."""

@@ -38,6 +38,10 @@ class Looking:
         self._skipped = 1
         self._handle: asyncio.Handle | None = None
 
+    def joined(self) -> None:
+        """A client has come, whose ways are not known yet: looking is tried again at once."""
+        self._window, self._skip, self._skipped = self._max, 0, 1
+
     def came(self) -> None:
         """A client has sent something."""
         if not self._max:

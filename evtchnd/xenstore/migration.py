@@ -115,6 +115,7 @@ Record = Connection | Watch | Transaction | Node | GlobalQuota | Domain
 # ---- records as bytes
 
 _RECORD = struct.Struct("<II")
+_KIND_NODE = int(Type.NODE)
 _NODE = struct.Struct("<IIIIHHHH")  # with the record's own two words
 _CONNECTION = struct.Struct("<IHHHHIHHI")
 _PERM = struct.Struct("<BBH")
@@ -147,9 +148,11 @@ def pack_node(path: bytes, value: bytes, specifiers: bytes, order: int = 0) -> b
 
     `order`: 48 bits in `tx-id` and `access`, which readers ignore in such a record.
     """
-    size = 16 + len(specifiers) + len(path) + 1 + len(value)
+    path_size, value_size = len(path) + 1, len(value)
+    size = 16 + len(specifiers) + path_size + value_size
+    padded = (size + 7) & ~7
     head = _NODE.pack(
-        Type.NODE, (size + 7) & ~7, 0, order & 0xFFFFFFFF, len(path) + 1, len(value), order >> 32, len(specifiers) >> 2
+        _KIND_NODE, padded, 0, order & 0xFFFFFFFF, path_size, value_size, order >> 32, len(specifiers) >> 2
     )
     return b"".join((head, specifiers, path, b"\0", value, _PADDING[size & 7]))
 

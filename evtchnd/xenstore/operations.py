@@ -17,7 +17,7 @@ from . import administration, control, wire
 from .quota import PERM_SIZE, Connection, node_size
 from .request import OK, Handler, Request, check, check_memory, refuse
 from .store import XenStore
-from .tree import CHILDREN, PERMS, VALUE, Node, Transaction
+from .tree import CHILDREN, PERMS, VALUE, Node
 from .watches import Watch
 from .wire import Op, XenStoreError
 
@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 # /local/domain/0/backend/<kind>/<domid>/<device>
 _DEVICE_DEPTH = 7
+
+
+# What Request(...) calls in the end
+_tuple = tuple.__new__
 
 
 def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
@@ -38,15 +42,16 @@ def handle(store: XenStore, conn: Connection, op: int, req_id: int, tx_id: int, 
         view = now if tx_id == 0 or flags & _NO_TX else conn.transactions.get(tx_id)
         if view is None:
             raise XenStoreError("ENOENT", f"no transaction {tx_id}")
-        request = Request(store, conn, view, payload, op, req_id, tx_id)
-        quotas, touched = conn.quotas, view.touched
-        if quotas is not None and touched is not None and not conn.allows("transaction-nodes", len(touched)):
+        request = _tuple(Request, (store, conn, view, payload, op, req_id, tx_id))
+        touched = view.touched
+        quotas = conn.quotas
+        if touched is not None and quotas is not None and not conn.allows("transaction-nodes", len(touched)):
             # One operation late: so those that fail count, too
             view.failed = True
             if op != Op.TRANSACTION_END:
                 refuse(request, "transaction-nodes", len(touched), quotas.transaction_nodes)
         body = handler(request)
-        if now.events or now.changes:
+        if now.changes or now.events:
             store.publish(now)
     except XenStoreError as error:
         store.forget()
@@ -82,14 +87,26 @@ def _path(request: Request, text: bytes, *, special: bool = False, write: bool =
     return path
 
 
-def _find(request: Request, path: bytes, want: int, what: int) -> Node | None:
-    """The node at `path`; None if it is missing and the client may know. EACCES where it may not know either way."""
+def _find(
+    request: Request, text: bytes, want: int, what: int, *, special: bool = False, write: bool = False
+) -> tuple[bytes, Node | None]:
+    """The path that `text` means, and its node; None if it is missing and the client may know. EACCES where it may not
+    know either way."""
     conn, view = request.conn, request.view
-    node = view.get(path, what | PERMS)
+    path = text
+    # A path that is in the tree is a good one
+    node = view.tree.get(text) if conn.quotas is None and text[:1] == b"/" else None
+    if node is None:
+        path = _path(request, text, special=special, write=write)
+        node = view.tree.get(path)
+    if view.touched is not None:
+        view.touch(path, what | PERMS)
+    elif node is None and conn.privileged:
+        return path, None
     if node is not None:
         if conn.rights(node.perms) & want != want:
             raise XenStoreError("EACCES")
-        return node
+        return path, node
     above = path
     parent = None
     while parent is None:
@@ -97,11 +114,11 @@ def _find(request: Request, path: bytes, want: int, what: int) -> Node | None:
         parent = view.get(above, PERMS)
     if not conn.rights(parent.perms) & want:
         raise XenStoreError("EACCES")
-    return None
+    return path, None
 
 
 def _readable(request: Request, text: bytes, what: int, *, special: bool = False) -> Node:
-    node = _find(request, _path(request, text, special=special), wire.PERM_READ, what)
+    _, node = _find(request, text, wire.PERM_READ, what, special=special)
     if node is None:
         raise XenStoreError("ENOENT")
     return node
@@ -120,8 +137,8 @@ def _create(request: Request, path: bytes, value: bytes) -> None:
     Permissions are those of the nearest node above; a guest owns what it makes.
     """
     store, conn, view = request.store, request.conn, request.view
-    missing = []
-    above = path
+    missing = [path]
+    above = wire.parent_of(path)
     while (parent := view.get(above, PERMS)) is None:
         missing.append(above)
         above = wire.parent_of(above)
@@ -178,12 +195,16 @@ def _write(request: Request) -> bytes:
     end = payload.find(b"\0")
     if end < 0:
         raise XenStoreError("EINVAL")
-    path, value = _path(request, payload[:end], write=True), payload[end + 1 :]
-    node = _find(request, path, wire.PERM_WRITE, VALUE)
+    path, node = _find(request, payload[:end], wire.PERM_WRITE, VALUE, write=True)
+    value = payload[end + 1 :]
     if node is None:
         _create(request, path, value)
     else:
-        _check_size(request, path, value, node.perms, node)
+        if request.conn.quotas is not None:
+            _check_size(request, path, value, node.perms, node)
+        if not view.holders:
+            request.store.rewrite(path, node, value)
+            return OK
         view.update(path, node, value, node.perms, request.store.tick())
     # The same value again fires, too: that is how a backend tells that a disk was resized
     view.fire(path)
@@ -191,16 +212,16 @@ def _write(request: Request) -> bytes:
 
 
 def _mkdir(request: Request) -> bytes:
-    path = _path(request, wire.one_string(request.payload), write=True)
-    if _find(request, path, wire.PERM_WRITE, PERMS) is None:
+    path, node = _find(request, wire.one_string(request.payload), wire.PERM_WRITE, PERMS, write=True)
+    if node is None:
         _create(request, path, b"")
         request.view.fire(path)
     return OK
 
 
 def _rm(request: Request) -> bytes:
-    path = _path(request, wire.one_string(request.payload), write=True)
-    if _find(request, path, wire.PERM_WRITE, PERMS) is None:
+    path, node = _find(request, wire.one_string(request.payload), wire.PERM_WRITE, PERMS, write=True)
+    if node is None:
         if request.view.get(wire.parent_of(path), PERMS) is None:
             raise XenStoreError("ENOENT")
     elif path == b"/":
@@ -217,11 +238,11 @@ def _set_perms(request: Request) -> bytes:
         raise XenStoreError("EINVAL")
     check(request, "node-permissions", len(texts) - 1)
     perms = wire.parse_perms(texts[1:])
-    path = _path(request, texts[0], special=True, write=True)
     if conn.confine is not None:
+        _path(request, texts[0], special=True, write=True)
         raise XenStoreError("EACCES", "permissions are the toolstack's")
     # A commit writes the node as a whole: its value is relied on, too
-    node = _find(request, path, wire.PERM_WRITE | wire.PERM_OWNER, VALUE)
+    path, node = _find(request, texts[0], wire.PERM_WRITE | wire.PERM_OWNER, VALUE, special=True, write=True)
     if node is None:
         raise XenStoreError("ENOENT")
     if not conn.privileged:
@@ -278,8 +299,7 @@ def _transaction_start(request: Request) -> bytes:
         raise XenStoreError("EBUSY", "transactions do not nest")
     check(request, "transactions", len(conn.transactions) + 1)
     tx_id = conn.new_tx_id()
-    conn.transactions[tx_id] = Transaction(store.tree, record=True)
-    store.contention.started(conn)
+    store.begin(conn, tx_id)
     if store.recorder is not None:
         store.recorder.started(conn, tx_id)
     return b"%d\0" % tx_id
@@ -293,6 +313,7 @@ def _transaction_end(request: Request) -> bytes:
     if view is store.now:
         raise XenStoreError("ENOENT", "no transaction")
     del conn.transactions[request.tx_id]
+    store.now.holders -= 1
     if store.recorder is not None:
         store.recorder.ended(conn, request.tx_id)
     path = view.conflict(store.tree) if verdict == b"T" and not view.failed else None

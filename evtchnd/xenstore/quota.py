@@ -273,11 +273,11 @@ class Connection:
         """Queue a reply; one that is too long becomes E2BIG (XSA-72)."""
         if len(payload) > wire.PAYLOAD_MAX:
             op, payload = Op.ERROR, b"E2BIG\0"
-        message = wire.pack(op, req_id, tx_id, payload)
+        message = wire.HEADER.pack(op, req_id, tx_id, len(payload)) + payload
         self.out.append(message)
         if self.fresh is not None:
             self.fresh.append(message)
-        self.out_bytes += wire.HEADER_SIZE + len(payload)
+        self.out_bytes += len(message)
         self.replies += 1
         self.ready[self] = None
 

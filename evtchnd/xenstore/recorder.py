@@ -87,13 +87,13 @@ class Recorder:
 
     def commit(self, ready: Iterable[Connection]) -> None:
         """All that was noted since the last one, and what is queued for rings of `ready`, counts from now on."""
-        for conn in ready:
+        parts = self._parts
+        for conn in ready if self.rings else ():
             if conn.fresh:
                 data = b"".join(conn.fresh)
                 conn.fresh.clear()
-                self._parts.append(_positioned(Own.QUEUED, conn.log_id, conn.queued, data))
+                parts.append(_positioned(Own.QUEUED, conn.log_id, conn.queued, data))
                 conn.queued = (conn.queued + len(data)) & 0xFFFFFFFF
-        parts = self._parts
         if not parts:
             return
         data = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -124,16 +124,13 @@ class Recorder:
 
     # ---- what is noted
 
-    def nodes(self, before: dict[bytes, Node | None], new: Tree) -> None:
-        """Changed nodes: `before` has each of them as it was."""
-        for path, was in before.items():
-            node = new.get(path)
-            if node is None:
-                self._parts.append(migration.pack_node(path, b"", b""))
-                continue
-            # One request alone does not remove a node and make it again
-            order = 0 if was is not None and len(before) == 1 else _order(new, path)
-            self._parts.append(migration.pack_node(path, node.value, self._specifiers(node.perms), order))
+    def node(self, path: bytes, node: Node | None, place: int) -> None:
+        """A node is like this now (None: not there); `place` among its siblings, 0: where it was."""
+        if node is None:
+            self._parts.append(migration.pack_node(path, b"", b""))
+            return
+        specifiers = self._perms.get(node.perms) or self._specifiers(node.perms)
+        self._parts.append(migration.pack_node(path, node.value, specifiers, place))
 
     def _specifiers(self, perms: wire.Perms) -> bytes:
         found = self._perms.get(perms)
@@ -228,8 +225,12 @@ class Recorder:
         In steps. What a connection looks like is written some time after the beginning, so the changes that are copied
         behind it may have been in it: each record says how something is, or from which position on, and may come twice.
         """
+        with self._store.kept() as tree:
+            yield from self._copy(tree)
+
+    def _copy(self, tree: Tree) -> Generator[None, None, None]:
         store, to = self._store, self.log
-        tree, start = store.tree, to.used
+        start = to.used
         to.begin_copy()
         parts = [migration.pack(migration.GlobalQuota(by_name(store.quotas), {}))] if store.quotas_set else []
         for number, domain in enumerate(list(store.domains.values()), 1):
@@ -273,14 +274,6 @@ class Recorder:
 
 def _positioned(kind: Own, conn_id: int, position: int, data: bytes) -> bytes:
     return migration.record(kind, struct.pack("<III", conn_id, position, len(data)) + data)
-
-
-def _order(tree: Tree, path: bytes) -> int:
-    """The count by which siblings are in order."""
-    parent = tree.get(wire.parent_of(path))
-    if parent is None or parent.children is None:
-        return 0
-    return parent.children.get(path[path.rfind(b"/") + 1 :]) or 0
 
 
 def _watch(watch: Watch) -> migration.Watch:

@@ -16,7 +16,7 @@ from .migration import MigrationError
 from .quota import NAMES, Connection, Quotas
 from .recorder import Own, Recorder, by_name
 from .store import XenStore
-from .tree import Node, PMap, Transaction, Tree
+from .tree import Node, PMap, Tree
 from .watches import Watch
 
 if TYPE_CHECKING:
@@ -180,8 +180,7 @@ def _store(contents: _Contents, quotas: Quotas | None, generation: int) -> tuple
         if said.features is not None:
             domain.features, domain.quotas = said.features, _named(store.quotas, said.quotas)
             domain.configured = said.configured
-    tree = _tree(contents.nodes, store)
-    store.now = Transaction(tree, record=False)
+    store.now.base = store.now.tree = _tree(contents.nodes, store)
     store.account_all()
     for domid, known in store.domains.items():
         if domid and known.introduced:
@@ -223,9 +222,7 @@ def _connection(store: XenStore, ring: _Ring) -> Connection:
         store.add_watch(Watch(conn, whole, token, len(conn.home) + 1 if relative else 0, depth))
     for tx_id in ring.transactions:
         # What it had read and written is not known: its commit meets a conflict, and the client begins again
-        conn.transactions[tx_id] = Transaction(store.tree, record=True)
-        conn.transactions[tx_id].stale = b"/"
-        store.contention.started(conn)
+        store.begin(conn, tx_id).stale = b"/"
     store.waiting[ring.domid] = conn
     return conn
 
@@ -239,7 +236,11 @@ def stream(store: XenStore) -> Generator[bytes, None, None]:
     Connections of guests with what waits for them, watches, open transactions, domains, quotas, nodes. Clients of the
     socket do not outlive their server: they are left out.
     """
-    tree = store.tree
+    with store.kept() as tree:
+        yield from _stream(store, tree)
+
+
+def _stream(store: XenStore, tree: Tree) -> Generator[bytes, None, None]:
     head = [migration.header()]
     if store.quotas_set:
         head.append(migration.pack(migration.GlobalQuota(by_name(store.quotas), {})))

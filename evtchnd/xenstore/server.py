@@ -34,6 +34,8 @@ __all__ = ["LocalTransaction", "Quotas", "RingConnection", "Server", "XenStore"]
 INPUT_MAX = 8192
 # Bytes in a socket's transport beyond which its client is no longer read from; 16 replies of the largest size
 HIGH_WATER = 65536
+# Messages are joined up to about so many bytes for one write
+WRITE_BYTES = 8192
 # Clients of the socket: each costs a descriptor and some KiB; the C server has no limit but RLIMIT_NOFILE
 CLIENTS_MAX = 4096
 EXPIRE_S = 1.0
@@ -58,20 +60,24 @@ class SocketConnection(asyncio.Protocol):
         self._transport = transport = cast("asyncio.Transport", transport)
         transport.set_write_buffer_limits(high=HIGH_WATER)
         self._server.connections[self._conn] = self
+        self._server.looking.joined()
         if len(self._server.connections) > CLIENTS_MAX:
             self._end(f"{CLIENTS_MAX} clients are connected")
 
     def data_received(self, data: bytes) -> None:
-        parser = self._parser
+        parser, server = self._parser, self._server
         parser.feed(data)
-        self._server.looking.came()
         if self._queued or self._blocked:
             self._pause(parser.partial)
-            return
-        if self.turn() and parser.partial:
-            # part of a message may be all that there is: a turn finds that out
-            self._queue()
-        self._server.flush()
+        else:
+            if self.turn():
+                self.flush()
+                if parser.partial:
+                    # part of a message may be all that there is: a turn finds that out
+                    self._queue()
+            server.flush()
+        # after the reply: its client goes on meanwhile
+        server.looking.came()
 
     def _queue(self) -> None:
         self._queued = True
@@ -112,7 +118,15 @@ class SocketConnection(asyncio.Protocol):
             self._end("it does not read its watch events")
             return
         while conn.out and not self._blocked:
-            transport.write(conn.take())
+            message = conn.take()
+            if conn.out:
+                # one system call for as many as there are, but the transport tells in time that it has enough
+                parts, size = [message], len(message)
+                while conn.out and size < WRITE_BYTES:
+                    parts.append(conn.take())
+                    size += len(parts[-1])
+                message = b"".join(parts)
+            transport.write(message)
 
     def pause_writing(self) -> None:
         self._blocked = True
@@ -279,9 +293,9 @@ class Server(LocalAccess):
 
     def flush(self) -> None:
         """Send what the last request has queued, in whatever connection; it is in the log by then."""
-        ready = self.store.ready
-        if self.store.recorder is not None:
-            self.store.recorder.commit(ready)
+        ready, recorder = self.store.ready, self.store.recorder
+        if recorder is not None:
+            recorder.commit(ready)
         while ready:
             conn, _ = ready.popitem()
             if conn.flush is not None:

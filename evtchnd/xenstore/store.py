@@ -1,7 +1,8 @@
 """The store without I/O: its published root, domains, clients, watches. What a request means is in operations.py.
 
 A change outside of a transaction is a transaction of one operation: made on `now`, then published, or forgotten as a
-whole. Publishing replaces one root by another, then brings the accounts up to date, then tells the watches.
+whole. Publishing makes a root the public one, then brings the accounts up to date, then tells the watches. While nobody
+else has the public root (an open transaction, a walk), `now` changes it in place.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from . import wire
@@ -68,12 +70,22 @@ class XenStore:
         # The guest whose request is being served: it pays for the events
         self.cause: Connection | None = None
         self.now = Transaction(Tree.empty(DOMAIN_0, (INTRODUCED, RELEASED)), record=False)
+        self.now.holders = 0
         self.domain(0)
 
     @property
     def tree(self) -> Tree:
-        """The published root."""
+        """The published root. Changed in place: `kept()` for whoever looks at it for longer than a request."""
         return self.now.base
+
+    @contextmanager
+    def kept(self) -> Iterator[Tree]:
+        """The published root as it is now, whatever is changed meanwhile."""
+        self.now.holders += 1
+        try:
+            yield self.now.base
+        finally:
+            self.now.holders -= 1
 
     def tick(self) -> int:
         """A generation that no node has had."""
@@ -143,8 +155,16 @@ class XenStore:
                 self.recorder.ended(conn, tx_id)
         conn.watches.clear()
         conn.watch_bytes = 0
+        self.now.holders -= len(conn.transactions)
         self.contention.dropped(conn)
         conn.transactions.clear()
+
+    def begin(self, conn: Connection, tx_id: int) -> Transaction:
+        """Opens a transaction."""
+        made = conn.transactions[tx_id] = Transaction(self.tree, record=True)
+        self.now.holders += 1
+        self.contention.started(conn)
+        return made
 
     def add_watch(self, watch: Watch) -> None:
         watch.conn.watches[watch.path, watch.token] = watch
@@ -247,32 +267,58 @@ class XenStore:
 
     def publish(self, view: Transaction) -> None:
         """Make what `view` changed the public state. The caller has looked for conflicts."""
-        now = self.now
+        now, recorder = self.now, self.recorder
         if view is now:
             tree, before, events = now.tree, now.changes, now.events
-            now.changes, now.events, now.growth = {}, {}, {}
         else:
             tree = view.merged(self.tree)
             before = {path: self.tree.get(path) for path in view.changes}
             # what was made and removed again was never there
             events = {path: subtree for path, subtree in view.events.items() if before.get(path) or tree.get(path)}
-        if self.recorder is not None and before:
-            self.recorder.nodes(before, tree)
-        now.base = now.tree = tree
+            now.tree = tree
+        now.settled()
+        if self.cause is not None:
+            self.contention.wrote(self.cause, before)
+        alone = len(before) == 1
+        for path, old in before.items():
+            new = tree.get(path)
+            if recorder is not None:
+                if not alone or (old is None and view is not now):
+                    place = tree.place(path)
+                else:
+                    # One request has changed this node alone: it is where it was, or the last of its siblings
+                    place = 0 if old is not None or new is None else new.generation
+                recorder.node(path, new, place)
+            self._account(path, old, new)
+        if self.watches.by_path:
+            for path, subtree in events.items():
+                self._fire(path, subtree, before.get(path))
         self._unsettled += len(before)
         if self._unsettled >= _SETTLED_NODES:
             self.settle()
-        if self.cause is not None:
-            self.contention.wrote(self.cause, before)
-        for path, old in before.items():
-            self._account(path, old, tree.get(path))
-        for path, subtree in events.items():
-            self._fire(path, subtree, before.get(path))
+
+    def rewrite(self, path: bytes, node: Node, value: bytes) -> None:
+        """Another value for `node`, which is at `path`, while nobody else has the public root.
+
+        What `update`, `fire` and `publish` of `now` come to for the most frequent of all changes, at half the price.
+        """
+        tree, recorder = self.now.tree, self.recorder
+        new = Node(value, node.perms, node.children, self.tick())
+        tree.replace(path, new)
+        if recorder is not None:
+            recorder.node(path, new, 0)
+        if node.perms[0][0]:
+            self._account(path, node, new)
+        if self.watches.by_path:
+            self._fire(path, True, node)
+        self._unsettled += 1
+        if self._unsettled >= _SETTLED_NODES:
+            self.settle()
 
     def forget(self) -> None:
         """Undo what a failed operation did to `now`."""
-        if self.now.tree is not self.now.base or self.now.events:
-            self.now = Transaction(self.now.base, record=False)
+        if self.now.changes or self.now.events:
+            self.now.forget()
 
     def _account(self, path: bytes, old: Node | None, new: Node | None) -> None:
         if old is not None and new is not None and old.perms is new.perms:
@@ -359,7 +405,11 @@ class XenStore:
     def check_steps(self) -> Generator[None, None, list[str]]:
         """`check` of the store as it is now, in steps: others may change it in between."""
         faults = self._check_connections()
-        tree = self.tree
+        with self.kept() as tree:
+            yield from self._check_nodes(tree, faults)
+        return faults
+
+    def _check_nodes(self, tree: Tree, faults: list[str]) -> Generator[None, None, None]:
         counted = {domid: (domain.owned, domain.node_bytes) for domid, domain in self.domains.items()}
         owned: dict[int, int] = defaultdict(int)
         sizes: dict[int, int] = defaultdict(int)
@@ -390,7 +440,6 @@ class XenStore:
             for domid, (_, size) in counted.items()
             if domid and size != sizes.get(domid, 0)
         ]
-        return faults
 
     def _check_connections(self) -> list[str]:
         faults = []
@@ -407,6 +456,8 @@ class XenStore:
             faults.append(f"{len(self.watches)} watches, connections have {watches}")
         if transactions != self.contention.open:
             faults.append(f"{self.contention.open} transactions counted, connections have {transactions}")
+        if transactions > self.now.holders:
+            faults.append(f"{self.now.holders} hold the public root, {transactions} transactions do")
         return faults
 
     def everything(self, tree: Tree, *, ordered: bool = True) -> Iterator[tuple[bytes, Node, int]]:

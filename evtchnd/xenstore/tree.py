@@ -1,199 +1,40 @@
 """The store's nodes: immutable, in a persistent map from path to node; a transaction keeps its root.
 
-A `Tree` never changes: `tree = tree.update(...)` shares all but some hundred bytes with the one before, so that
-keeping an old root costs nothing. The map goes by the whole path (Python's keyed hash: a guest cannot aim at a bucket),
-so no cost depends on a node's depth, on the number of its siblings or on the size of the store, apart from the depth of
-the map: one level more for 32 times as many nodes. A change touches each entry of the dicts and lists that it copies,
-and those are cold: so both are short.
+`tree = tree.update(...)` shares all but some hundred bytes with the one before, so that keeping an old root costs
+nothing. While nobody keeps the public root, which is most of the time, it is changed in place (`PMap.replace`) instead.
+The map goes by the whole path (Python's keyed hash: a guest cannot aim at a bucket), so no cost depends on a node's
+depth, on the number of its siblings or on the size of the store, apart from the depth of the map: one level more for 32
+times as many nodes. A change touches each entry of the dicts and lists that it copies, and those are cold: so both are
+short.
 
     Tree -> 32 -> 32 -> ... -> {path: Node} of at most 32      (a tree or a directory of up to 32 is that one dict)
     Node.children -> the same kind of map, {name: order of creation}
+
+`Node` and the map are compiled, where that can be: evtchnd/_core/nodes.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import itemgetter
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING
+
+from evtchnd._core.nodes import Node, PMap
 
 from . import wire
 
-V = TypeVar("V")
-
-_FANOUT_BITS = 5
-_FANOUT = 1 << _FANOUT_BITS
-_MASK = _FANOUT - 1
-_LEAF_MAX = 32
-# Past this the hash has no bits left: a leaf may grow beyond its size instead.
-_SHIFT_MAX = 60
+__all__ = ["Node", "PMap", "Transaction", "Tree"]
 
 
-class PMap(Generic[V]):
-    """A persistent map with bytes as keys; `items()` come in no order."""
-
-    __slots__ = ("_count", "_root", "listed")
-    _root: Any  # dict of entries, or list of _FANOUT of such; never changed once it is reachable from a map
-    _count: int
-
-    def __init__(self, _root: Any = None, _count: int = 0) -> None:
-        self._root = {} if _root is None else _root
-        self._count = _count
-        self.listed: bytes | None = None  # see Node.listing
-
-    def __len__(self) -> int:
-        return self._count
-
-    @classmethod
-    def of(cls, entries: dict[bytes, V]) -> Self:
-        """All of `entries`, which it takes, at once."""
-        return cls(_built(entries, 0), len(entries))
-
-    def get(self, key: bytes) -> V | None:
-        node = self._root
-        if type(node) is list:
-            bits = hash(key)
-            while type(node) is list:
-                node = node[bits & _MASK]
-                bits >>= _FANOUT_BITS
-        found: V | None = node.get(key)
-        return found
-
-    def __contains__(self, key: bytes) -> bool:
-        return self.get(key) is not None
-
-    def put(self, key: bytes, value: V) -> PMap[V]:
-        """With `key` set to `value` (not None)."""
-        return PMap(*self._put(key, value))
-
-    def remove(self, key: bytes) -> PMap[V]:
-        """Without `key`; itself if it is not there."""
-        if self.get(key) is None:
-            return self
-        return PMap(*self._remove(key))
-
-    def _put(self, key: bytes, value: V) -> tuple[Any, int]:
-        root = self._root
-        if type(root) is dict:
-            leaf = root.copy()
-            leaf[key] = value
-            return (leaf if len(leaf) <= _LEAF_MAX else _split(leaf, 0)), len(leaf)
-        bits = hash(key)
-        shift = 0
-        root = branch = root.copy()
-        while True:
-            at = bits & _MASK
-            bits >>= _FANOUT_BITS
-            shift += _FANOUT_BITS
-            child = branch[at].copy()
-            branch[at] = child
-            if type(child) is dict:
-                break
-            branch = child
-        before = len(child)
-        child[key] = value
-        count = self._count + len(child) - before
-        if len(child) > _LEAF_MAX and shift < _SHIFT_MAX:
-            branch[at] = _split(child, shift)
-        return root, count
-
-    def _remove(self, key: bytes) -> tuple[Any, int]:
-        # Emptied leaves stay: the map of a store that shrank keeps its levels, 32 small dicts for each
-        node = self._root.copy()
-        root = node
-        bits = hash(key)
-        while type(node) is list:
-            at = bits & _MASK
-            bits >>= _FANOUT_BITS
-            child = node[at].copy()
-            node[at] = child
-            node = child
-        del node[key]
-        if self._count <= _LEAF_MAX // 2 and type(root) is list:
-            root = dict(_entries(root))
-        return root, self._count - 1
-
-    def items(self) -> list[tuple[bytes, V]]:
-        return _entries(self._root)
-
-    def lazily(self) -> Iterator[tuple[bytes, V]]:
-        """`items()`, of a leaf at a time: the first of a million come as fast as those of a hundred."""
-        pending = [self._root]
-        while pending:
-            node = pending.pop()
-            if type(node) is dict:
-                yield from node.items()
-            else:
-                pending += node
-
-
-def _split(leaf: dict[bytes, Any], shift: int) -> list[Any]:
-    parts: list[dict[bytes, Any]] = [{} for _ in range(_FANOUT)]
-    for key, value in leaf.items():
-        parts[(hash(key) >> shift) & _MASK][key] = value
-    return list(parts)
-
-
-def _built(leaf: dict[bytes, Any], shift: int) -> Any:
-    if len(leaf) <= _LEAF_MAX or shift >= _SHIFT_MAX:
-        return leaf
-    return [_built(part, shift + _FANOUT_BITS) for part in _split(leaf, shift)]
-
-
-def _entries(node: Any) -> list[tuple[bytes, Any]]:
-    if type(node) is dict:
-        return list(node.items())
-    found = []
-    for child in node:
-        found += _entries(child)
-    return found
-
-
-class Node:
-    """One node. Never changed; `generation` is the store's count when this form of it was made."""
-
-    __slots__ = ("children", "generation", "perms", "value")
-
-    def __init__(self, value: bytes, perms: wire.Perms, children: PMap[int] | None, generation: int) -> None:
-        self.value = value
-        self.perms = perms
-        self.children = children
-        self.generation = generation
-
-    @property
-    def owner(self) -> int:
-        return self.perms[0][0]
-
-    def names(self) -> list[bytes]:
-        """The children's names in the order of their creation: Linux numbers its devices by it."""
-        return self.listing().split(b"\0")[:-1]
-
-    def entries(self, ordered: bool) -> Iterator[tuple[bytes, int]]:
-        """Names and what they are ordered by."""
-        if self.children is None:
-            return iter(())
-        if not ordered:
-            return self.children.lazily()
-        found = self.children.items()
-        found.sort(key=itemgetter(1))
-        return iter(found)
-
-    def listing(self) -> bytes:
-        """`names()`, each with a NUL at its end. Kept: a long directory is read in many parts."""
-        children = self.children
-        if children is None:
-            return b""
-        found = children.listed
-        if found is None:
-            found = b"\0".join([*[name for name, _ in self.entries(ordered=True)], b""])
-            if len(children) > _LEAF_MAX:
-                children.listed = found
-        return found
-
-
-class Tree(PMap[Node]):
+class Tree(PMap):
     """All nodes by path. `/` and the special nodes (`@releaseDomain`) are always there."""
 
     __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def get(self, key: bytes) -> Node | None: ...
+
+        def replace(self, key: bytes, value: Node | None) -> Node | None: ...
 
     @classmethod
     def empty(cls, perms: wire.Perms, specials: tuple[bytes, ...]) -> Tree:
@@ -207,26 +48,41 @@ class Tree(PMap[Node]):
 
     def create(self, path: bytes, value: bytes, perms: wire.Perms, generation: int) -> Tree:
         """With a new node under a parent that exists."""
-        above = wire.parent_of(path)
-        parent = self.get(above)
-        if parent is None:
-            raise KeyError(above)
-        children = (PMap() if parent.children is None else parent.children).put(
-            path[path.rfind(b"/") + 1 :], generation
-        )
+        above, parent = self.parent_with(path, generation)
         tree = Tree(*self._put(path, Node(value, perms, None, generation)))
-        return Tree(*tree._put(above, Node(parent.value, parent.perms, children, generation)))
+        return Tree(*tree._put(above, parent))
 
     def drop(self, path: bytes, generation: int) -> Tree:
         """Without one node (its children have gone before) and its name in the parent, if that is still there."""
         tree = Tree(*self._remove(path))
-        above = wire.parent_of(path)
-        parent = tree.get(above)
+        above, parent = tree.parent_without(path, generation)
+        return tree if parent is None else Tree(*tree._put(above, parent))
+
+    def parent_with(self, path: bytes, generation: int) -> tuple[bytes, Node]:
+        """The parent's path, and the parent as it is when it has the child `path`, a new one."""
+        at = path.rfind(b"/")
+        above = path[:at] if at > 0 else b"/"
+        parent = self.get(above)
+        if parent is None:
+            raise KeyError(above)
+        return above, parent.with_child(path[at + 1 :], generation)
+
+    def parent_without(self, path: bytes, generation: int) -> tuple[bytes, Node | None]:
+        """The parent's path, and the parent as it is without that child; None: it is not there, or has none."""
+        at = path.rfind(b"/")
+        above = path[:at] if at > 0 else b"/"
+        parent = self.get(above)
         if parent is None or parent.children is None:
-            return tree
-        siblings = parent.children.remove(path[path.rfind(b"/") + 1 :])
-        children = siblings if len(siblings) else None
-        return Tree(*tree._put(above, Node(parent.value, parent.perms, children, generation)))
+            return above, None
+        return above, parent.without_child(path[at + 1 :], generation)
+
+    def place(self, path: bytes) -> int:
+        """What a node's siblings are ordered by; 0 for `/` and the special nodes."""
+        at = path.rfind(b"/")
+        parent = self.get(path[:at] if at > 0 else b"/")
+        if parent is None or parent.children is None:
+            return 0
+        return parent.children.get(path[at + 1 :]) or 0
 
     def walk(self, path: bytes = b"/") -> Iterator[tuple[bytes, Node]]:
         """A node and all below it, parents first, siblings in the order of their creation."""
@@ -276,13 +132,20 @@ class Transaction:
     `stale`     a path that cannot be committed any more: it names a domain that is gone
     `growth`    domid -> nodes it owns more (or fewer) than in `base`
     `bytes`     what the nodes that it has written cost until its end (quota.node_size, without permissions)
+    `holders`   who else has its root, and sees it as it is; 0: the root is changed in place
+    `replaced`  (path, node before), in order: what was changed in place
     """
 
-    __slots__ = ("base", "bytes", "changes", "events", "failed", "growth", "last", "stale", "touched", "tree")
+    __slots__ = (
+        *("base", "bytes", "changes", "events", "failed", "growth", "holders", "last", "replaced", "stale", "touched"),
+        "tree",
+    )
 
     def __init__(self, tree: Tree, *, record: bool) -> None:
         self.base = tree
         self.tree = tree
+        self.holders = 1
+        self.replaced: list[tuple[bytes, Node | None]] = []
         self.touched: dict[bytes, int] | None = {} if record else None
         self.changes: dict[bytes, Node | None] = {}
         self.events: dict[bytes, bool] = {}
@@ -311,7 +174,10 @@ class Transaction:
         if perms is not node.perms and perms[0][0] != node.owner:
             self._grow(node.owner, -1)
             self._grow(perms[0][0], 1)
-        self.tree = self.tree.update(path, value, perms, generation)
+        if self.holders:
+            self.tree = self.tree.update(path, value, perms, generation)
+        else:
+            self._replace(path, Node(value, perms, node.children, generation))
 
     def create(self, path: bytes, value: bytes, perms: wire.Perms, generation: int) -> None:
         """A new node under a parent that exists."""
@@ -319,24 +185,53 @@ class Transaction:
             self.bytes += len(value) if path in self.changes else len(path) + len(value)
         self.changes.setdefault(path, None)
         self._grow(perms[0][0], 1)
-        self.tree = self.tree.create(path, value, perms, generation)
+        if self.holders:
+            self.tree = self.tree.create(path, value, perms, generation)
+        else:
+            above, parent = self.tree.parent_with(path, generation)
+            self._replace(path, Node(value, perms, None, generation))
+            self._replace(above, parent)
 
     def remove(self, path: bytes, generation: int) -> None:
         """A node and all below it; one event for each."""
         self.last = generation
-        doomed = list(self.tree.walk(path))
+        top = self.tree.get(path)
+        doomed = [(path, top)] if top is not None and top.children is None else list(self.tree.walk(path))
         for below, node in reversed(doomed):
-            self.touch(below, ALL)
             if self.touched is not None:
+                self.touch(below, ALL)
                 self.bytes += -len(node.value) if below in self.changes else len(below)
             self.changes.setdefault(below, node)
             self._grow(node.owner, -1)
             self.events.setdefault(below, False)
-            if below != path:
+            if not self.holders:
+                self._replace(below, None)
+            elif below != path:
                 # the parent goes, too: no need to unlink
                 self.tree = Tree(*self.tree._remove(below))
-        self.tree = self.tree.drop(path, generation)
+        if self.holders:
+            self.tree = self.tree.drop(path, generation)
+        else:
+            above, parent = self.tree.parent_without(path, generation)
+            if parent is not None:
+                self._replace(above, parent)
         self.events[path] = True
+
+    def _replace(self, path: bytes, node: Node | None) -> None:
+        self.replaced.append((path, self.tree.replace(path, node)))
+
+    def forget(self) -> None:
+        """As if nothing had been changed since `base`."""
+        self.tree = self.base
+        for path, was in reversed(self.replaced):
+            self.tree.replace(path, was)
+        self.settled()
+
+    def settled(self) -> None:
+        """What was changed is `base` now; what it was is nobody's any more."""
+        self.base = self.tree
+        self.replaced.clear()
+        self.changes, self.events, self.growth = {}, {}, {}
 
     def fire(self, path: bytes) -> None:
         """An event for watches of `path` and above."""

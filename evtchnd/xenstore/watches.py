@@ -33,32 +33,30 @@ class Watch:
 
 
 class Watches:
-    """All watches of the store."""
+    """All watches of the store: `by_path`."""
 
     def __init__(self) -> None:
-        self._by_path: dict[bytes, dict[Watch, None]] = {}
+        self.by_path: dict[bytes, dict[Watch, None]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._by_path.values()))
+        return sum(map(len, self.by_path.values()))
 
     def add(self, watch: Watch) -> None:
-        self._by_path.setdefault(watch.path, {})[watch] = None
+        self.by_path.setdefault(watch.path, {})[watch] = None
 
     def remove(self, watch: Watch) -> None:
-        group = self._by_path[watch.path]
+        group = self.by_path[watch.path]
         del group[watch]
         if not group:
-            del self._by_path[watch.path]
+            del self.by_path[watch.path]
 
     def exactly(self, path: bytes) -> Iterator[Watch]:
         """Watches of this very path."""
-        yield from self._by_path.get(path, ())
+        yield from self.by_path.get(path, ())
 
     def above(self, path: bytes) -> Iterator[Watch]:
         """Watches of `path` and of every path above it."""
-        by_path = self._by_path
-        if not by_path:
-            return
+        by_path = self.by_path
         if path != b"/":
             yield from (watch for watch in by_path.get(b"/", ()) if watch.reaches(path))
         at = path.find(b"/", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from daemonprocess import DaemonProcess, until
+from evtchnd.abi import PAGE_SIZE
+from evtchnd.vmm.kvm_machine import Machine
+from evtchnd.vmm.physmap import Memory
 from lab.microguest import Evtchnd, Micro, kernel, linux_initrd, pvh_guest
 from lab.patience import patient
 
@@ -265,3 +269,17 @@ def test_statistics_while_it_runs(small: Path, images: Path) -> None:
         micro.process.send_signal(signal.SIGINT)
         assert micro.ended() == 0, micro.said
         assert "domain 1 (g1): poweroff: by SIGINT" in micro.said
+
+
+def test_memory_is_mapped_before_the_guest_runs() -> None:
+    """What KVM maps is there: pages of the memfd that nobody has touched."""
+    with contextlib.ExitStack() as undo:
+        machine = undo.enter_context(Machine())
+        memory = Memory("ram", MiB, undo)
+        machine.add_memory(0, 0, memory.size, memory.address)
+        vcpu = machine.add_vcpu(0)
+        vcpu.pre_fault(0x10000, 0x30000)
+        assert os.fstat(memory.fd).st_blocks * 512 == 0x30000
+        vcpu.pre_fault(2 * MiB, PAGE_SIZE)  # no memory there: it is a hint
+        vcpu.pre_fault(0xFF000, 0x2000)
+        assert os.fstat(memory.fd).st_blocks * 512 == 0x31000
