@@ -253,8 +253,7 @@ async def test_headroom_for_xdp() -> None:
                     (frame,) = queue.expect(1, mac=front.mac)
                     assert (frame.data, frame.gso_size, frame.slots) == (segments, 1448, -(-len(segments) // each))
                     return
-                for number in range(44):  # the host segments it
-                    (frame,) = queue.expect(1, mac=front.mac)
+                for number, frame in enumerate(queue.expect(44, mac=front.mac)):  # the host segments it
                     assert frame.data[54:] == body[20:][1448 * number :][:1448]
 
             def guest() -> None:
