@@ -13,7 +13,7 @@ import pytest
 from evtchnd._core import COMPILED
 
 ROOT = Path(__file__).parents[1]
-SHARED_TESTS = ["words", "memory", "grants", "ring", "stream", "journal", "blk", "netback_hostile"]
+SHARED_TESTS = ["words", "memory", "grants", "ring", "stream", "journal", "blk", "netback_hostile", "capture"]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -71,6 +71,7 @@ class Queue:
         self.rx = RxRing(device.grants, self._pages[1], most_bytes=self.frame(gso), gso=gso, sg=rings.sg)
         self._mapped = True
         self.tx.multicast = self._vif.multicast
+        self.tx.queue = self.rx.queue = self.number
 
     def frame(self, gso: bool) -> int:
         """The longest frame that the TAP has for the guest."""
@@ -114,6 +115,8 @@ class Queue:
             due = send and self._send()
             if receive:
                 due = self._receive() or due
+                if self.rx.logs is not None:
+                    self._vif.captures.flush()
             if due or again:
                 channel.notify()
                 again = False
@@ -133,6 +136,8 @@ class Queue:
             tx.run(fd, BATCH)
             vif.rate.spent(tx.credit)
             due = tx.push() or due
+            if tx.logs is not None:
+                vif.captures.flush()
             if tx.tap_error:
                 if fd >= 0:
                     vif.tap_failed(tx.tap_error)
@@ -229,6 +234,8 @@ class Queue:
         if self.rx.settle():
             if self.rx.push():
                 self.channels[-1].notify()
+            if self.rx.logs is not None:
+                self._vif.captures.flush()
         else:
             self._loop.call_soon(self.channels[-1].step)
 

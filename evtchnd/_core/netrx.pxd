@@ -1,5 +1,6 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 cimport cython
+from evtchnd._core.framelog cimport FrameLog
 from evtchnd._core.pins cimport Pins
 from evtchnd._core.words cimport (
     Area, Mem, copy, fence, get8, get16, get32, get64, ld32, put8, put16, put32, put64, st32, sys_preadv, u32,
@@ -12,6 +13,8 @@ cdef class RxRing:
     cdef public bint gso, sg
     cdef public int headroom
     cdef public object groups
+    cdef public object logs
+    cdef public int queue
     cdef public int hashing
     cdef readonly uint32_t hash_value
     cdef readonly int hash_type
@@ -63,6 +66,8 @@ cdef class RxRing:
     cdef int wanted(self, uint64_t start) except -1
     @cython.locals(flags=int, each=int, left=int, part=int, i=int, kind=int)
     cdef int finish(self, int length, int parts, int extras) except -1
+    @cython.locals(mark=int, each=int, left=int, part=int, i=int, index=uint32_t, log=FrameLog)
+    cdef int log(self, int flags, int length, int extras) except -1
     @cython.locals(p=cython.p_char, start=int, kind=int, proto=int, at=int)
     cdef int plain(self) except -1
     @cython.locals(address=uint64_t)

@@ -47,6 +47,7 @@ if not cython.compiled:
     )
 
 if TYPE_CHECKING:
+    from evtchnd._core.framelog import FrameLog
     from evtchnd._core.pins import Pins
 
 COMPILED: bool = bool(cython.compiled)
@@ -81,6 +82,7 @@ class RxRing:
     groups: None, or a set of the multicast addresses (bytes) that the guest wants
     held: bytes of the packet that waits, 0: none
     hashing: XEN_NETIF_CTRL_HASH_TYPE_* bits: each packet is read aside, and hashed with the key of `set_key`
+    logs: FrameLogs that get a copy of each frame that is delivered, as frames of `queue`; None: nobody looks
     hash_value, hash_type: of the packet that waits; type 0 to 3 (_XEN_NETIF_CTRL_HASH_TYPE_*), -1: it has none
     """
 
@@ -110,6 +112,8 @@ class RxRing:
         hashing: int
         hash_value: int
         hash_type: int
+        logs: tuple[FrameLog, ...] | None
+        queue: int
 
     def __init__(self, grants: Pins, page: Any, *, most_bytes: int, gso: bool, sg: bool = True) -> None:
         self.grants = grants
@@ -119,6 +123,8 @@ class RxRing:
         self.sg = sg
         self.headroom = 0
         self.groups = None
+        self.logs = None
+        self.queue = 0
         self.hashing = self.hash_value = 0
         self.hash_type = -1
         self.key = Mem(bytearray(48))
@@ -463,6 +469,8 @@ class RxRing:
             flags = 1
         else:
             flags = 0
+        if self.logs is not None:
+            self.log(flags, length, extras)
         if extras:
             flags |= 8
         each = 4096 - self.headroom
@@ -485,6 +493,29 @@ class RxRing:
                     self.extra(5, 0, self.headroom, 0)
         self.packets += 1
         self.bytes += length
+        return 0
+
+    def log(self, flags: int, length: int, extras: int) -> int:
+        """A frame in the guest's pages, to those who look."""
+        mark = 2
+        if flags & 2:
+            mark |= 0x200
+        elif flags & 1:
+            mark |= 0x400
+        if self.gso_of():
+            mark |= 0x800
+        each = 4096 - self.headroom
+        for log in self.logs or ():
+            if log.begin(mark, self.queue, length):
+                left = length
+                i = 0
+                while left > 0:
+                    part = left if left < each else each
+                    index = self.rsp_prod if i == 0 else u32(self.rsp_prod + extras + i)
+                    log.guest(get64(self.pages.p, (index & 255) * 16) + self.headroom, part)
+                    left -= part
+                    i += 1
+                log.end()
         return 0
 
     def plain(self) -> int:

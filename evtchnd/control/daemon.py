@@ -258,6 +258,25 @@ class Daemon:
         )
         return changed.described()
 
+    def vif_named(self, device: str) -> tuple[int, int, str]:
+        """By the name of its host's end, or as vifDOMID.DEVID: (domid, devid, that name). OperatorError."""
+        every = [vif for domain, _ in self._domains.values() for vif in domain.vifs.by_key.values()]
+        found = [vif for vif in every if vif.port.name == device]
+        found = found or [vif for vif in every if f"vif{vif.domid}.{vif.devid}" == device]
+        if not found:
+            raise OperatorError(f"no domain has a vif {device} (evtchnctl network-list DOM)", errno.ENOENT)
+        if len(found) > 1:
+            names = ", ".join(f"vif{vif.domid}.{vif.devid}" for vif in found)
+            raise OperatorError(f"{device}: {names} are named so, each in a network namespace of its own: say which")
+        return found[0].domid, found[0].devid, found[0].port.name
+
+    async def capture_vif(self, device: str, fd: int, greeting: bytes, *, snap: int, frames: int) -> None:
+        """Copies of a vif's frames to a stream socket: `greeting`, then pcapng. `snap`: bytes of a frame at most,
+        `frames`: it ends after so many; 0: no limit. Copies `fd`.
+        """
+        domid, devid, _ = self.vif_named(device)
+        await self._domain(domid).vifs.capture(str(devid), fd, greeting, snap=snap, frames=frames)
+
     async def vifs(self, domid: int) -> List[dict[str, Any]]:
         """One object a vif: control/vif.py's Vif.described(), "state" (xenbus) and "counters" {name: int}."""
         domain = self._domain(domid)

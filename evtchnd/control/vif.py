@@ -251,6 +251,18 @@ class Vifs:
             await self._network.close(vif.port)
             vif.close()
 
+    async def capture(self, device: str, fd: int, greeting: bytes, *, snap: int, frames: int) -> None:
+        """Gives a reader's stream socket to who serves the vif. `fd` stays the caller's. OperatorError."""
+        vif = self.find(device)
+        if vif.reason:
+            raise OperatorError(f"{vif.name}: off: {vif.reason}")
+        if self._supervisor is None:
+            raise OperatorError(f"{self._label} does not run yet")
+        try:
+            await self._supervisor.client(vif, lambda id: m.Capture(id, vif.key, greeting, snap, frames), fd)
+        except (VmmError, HostError) as exc:
+            raise OperatorError(str(exc)) from None
+
     # ---- changes
 
     async def change(self, device: str, rate: tuple[int, int] | None, carrier: bool | None) -> Vif:
