@@ -47,16 +47,16 @@ async def test_a_vif_by_messages() -> None:
     control = Control(ours)
     a, b = socket.socketpair()
     server.attach_socket(a, domid=0, confine=7)
-    files = [os.memfd_create(str(number)) for number in range(4)]
+    files = [os.memfd_create(str(number)) for number in range(5)]
     inodes = [os.fstat(fd).st_ino for fd in files]
     try:
         assert (await control.ask(m.Setup(control.id(), 7, Poll(), Vbd(), 10.0), [b.fileno()])) == m.Done(1)
         b.close()
         vif = m.Vif("00:16:3e:00:00:01", 2, "vif7.2", rate=(1000, 50000))
-        few = await control.ask(m.AttachVif(control.id(), KEY, 2, vif, None), files[:1])
+        few = await control.ask(m.AttachVif(control.id(), KEY, 2, vif, None), files[:2])
         assert isinstance(few, m.Done) and few.errno == errno.EINVAL and "1 TAP queues" in few.reason
         message = m.AttachVif(control.id(), KEY, 2, vif, {"queues": []})
-        assert await control.ask(message, files[:2]) == m.Done(message.id)
+        assert await control.ask(message, files[:3]) == m.Done(message.id)
         await asyncio.sleep(0.01)
         assert spy.name == "domain 7: vif 2" and spy.connected == {"queues": []}
         change = m.ChangeVif(control.id(), KEY, rate=(0, 0))
@@ -68,9 +68,9 @@ async def test_a_vif_by_messages() -> None:
             ((0, 0), 9000, False),
         ]
         taps = m.Taps(control.id(), KEY)
-        assert await control.ask(taps, files[2:]) == m.Done(taps.id)
-        assert spy.taps == [inodes[:2], inodes[2:]]
-        wrong = await control.ask(m.Taps(control.id(), KEY), files[2:3])
+        assert await control.ask(taps, files[3:]) == m.Done(taps.id)
+        assert spy.taps == [inodes[1:3], inodes[3:]]
+        wrong = await control.ask(m.Taps(control.id(), KEY), files[3:4])
         assert isinstance(wrong, m.Done) and wrong.errno
         unknown = await control.ask(m.ChangeVif(control.id(), vif_key(9), mtu=1))
         assert isinstance(unknown, m.Done) and unknown.errno == errno.ENODEV

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+from evtchnd import answers
 from evtchnd.guest.netfront import Netfront
 from evtchnd.guest.packets import Way
 from evtchnd.worker.device import Params, VifDevice
@@ -32,12 +33,14 @@ class World:
     host: Host
     netns: Netns
     taps: dict[int, list[int]] = field(default_factory=dict)
+    answers: dict[int, int] = field(default_factory=dict)
     devices: dict[int, VifDevice] = field(default_factory=dict)
     reported: dict[int, Params | None] = field(default_factory=dict)
 
     def attach(self, devid: int = 0, *, queues: int = 1, address: bool = True, **options: object) -> VifDevice:
         name = f"vif7.{devid}"
         self.taps[devid] = self.netns.tap(name, queues)
+        self.answers[devid] = answers.create(queues, name)
         if address:
             self.netns.up(name, f"{HOST4}/24", f"{HOST6}/64")
             self.netns.ip("neigh", "add", GUEST4, "lladdr", MAC, "dev", name)
@@ -50,6 +53,7 @@ class World:
         device = VifDevice(
             vif=vif,
             taps=self.taps[devid],
+            answers_fd=self.answers[devid],
             domid=host.domid,
             devid=devid,
             kind="vif",
@@ -92,12 +96,20 @@ class World:
         return Netfront(self.host.domain, self.host.store, devid, **options)  # type: ignore[arg-type]
 
     def connect(self, front: Netfront) -> None:
-        """Connects, and waits until the kernel has seen the carrier: before that it drops what is for the guest."""
+        """Connects, and waits until the kernel has seen the carrier.
+
+        Before that it drops what is for the guest; its IPv6 addresses, and what is sent to them, come a little later.
+        """
         front.connect()
         name, deadline = f"vif7.{front.devid}", time.monotonic() + 20
-        while self.netns.ip("-br", "link", "show", name).split()[1] != "UP":
+        while not self._up(name):
             assert time.monotonic() < deadline, f"{name} is not up"
             time.sleep(0.005)
+
+    def _up(self, name: str) -> bool:
+        state = self.netns.ip("-br", "link", "show", name).split()[1]
+        route = self.netns.ip("-6", "route", "show", "table", "local", "dev", name)
+        return state == "UP" and (HOST6 in route or HOST6 not in self.netns.ip("-6", "addr", "show", "dev", name))
 
     def way(self, port: int = 7001, *, ipv6: bool = False) -> Way:
         """From the guest to the host's end."""
@@ -138,9 +150,8 @@ async def world(*, mib: int = 32, frames: int = 16) -> AsyncIterator[World]:
                 yield here
                 for devid in list(host.tasks):
                     await host.kill(devid)
-                for fds in here.taps.values():
-                    for fd in fds:
-                        os.close(fd)
+                for fd in (*(fd for fds in here.taps.values() for fd in fds), *here.answers.values()):
+                    os.close(fd)
                 assert host.grants.pinned == 0
                 assert host.bound == []
     except BaseException:

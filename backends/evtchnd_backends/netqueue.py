@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from evtchnd._core import RxRing, TxRing
 from evtchnd._core.netrx import NO_SLOTS, STEER, TAP_ERROR
 from evtchnd._core.nettx import NO_CREDIT, TAP_FULL
+from evtchnd.answers import Answers
 from evtchnd.channel import Channel
 from evtchnd.grants import Page
 from evtchnd.netif import MOST_FRAME
@@ -51,6 +52,7 @@ class Queue:
         self._vif = vif
         self._loop = device.loop
         self._pages: list[Page] = []
+        self._answers: Answers | None = None
         self._mapped = False
         self._pumps: list[asyncio.Future[None]] = []
         self._reading = -1  # the descriptor that the loop reads
@@ -61,14 +63,18 @@ class Queue:
         self._watch: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
 
-    def map(self, where: netif.Queue, rings: netif.Rings) -> None:
-        """The rings' pages. GuestError."""
+    def map(self, where: netif.Queue, rings: netif.Rings, *, again: bool) -> None:
+        """The rings' pages. `again`: an earlier worker served them, and may have died at it. GuestError."""
         device = self._device
         for gref in (where.tx_gref, where.rx_gref):
             self._pages.append(device.grants.map(gref, write=True))
+        self._answers = answers = Answers(device.answers_fd, self.number)
         gso = rings.sg and rings.csum4 and rings.csum6 and (rings.gso4 or rings.gso6)
-        self.tx = TxRing(device.grants, self._pages[0])
-        self.rx = RxRing(device.grants, self._pages[1], most_bytes=self.frame(gso), gso=gso, sg=rings.sg)
+        tx, rx = self._pages
+        self.tx = TxRing(device.grants, tx, answers.tx, again=again)
+        self.rx = RxRing(
+            device.grants, rx, answers.rx, again=again, most_bytes=self.frame(gso), gso=gso, sg=rings.sg
+        )
         self._mapped = True
         self.tx.multicast = self._vif.multicast
         self.tx.queue = self.rx.queue = self.number
@@ -347,5 +353,7 @@ class Queue:
         if self._mapped:
             self.tx.close()
             self.rx.close()
+        if self._answers is not None:
+            self._answers.close()
         for page in self._pages:
             page.close()

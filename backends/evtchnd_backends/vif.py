@@ -69,7 +69,7 @@ class Vif:
             for number, where in enumerate(rings.queues):
                 queue = Queue(device, self, number)
                 self._queues.append(queue)
-                queue.map(where, rings)
+                queue.map(where, rings, again=again)
             ports = [port for where in rings.queues for port in dict.fromkeys((where.tx_port, where.rx_port))]
             if rings.ctrl is not None:
                 self._ctrl_page = device.grants.map(rings.ctrl[0], write=True)

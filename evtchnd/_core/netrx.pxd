@@ -30,9 +30,13 @@ cdef class RxRing:
     cdef object memory
     cdef bint closed
     cdef Area area
-    cdef Mem pages, entry, response, buffer, iov, key, tuple
+    cdef Mem answers, pages, entry, buffer, iov, key, tuple
     cdef uint32_t published, seen
 
+    @cython.locals(target=uint32_t, waiting=uint32_t, i=uint32_t)
+    cdef void inherit(self) except *
+    @cython.locals(start=Py_ssize_t, n=Py_ssize_t, part=Py_ssize_t)
+    cdef int put(self, uint32_t old, uint32_t new) except -1
     @cython.locals(prod=uint32_t, waiting=uint32_t)
     cdef uint32_t free(self) except? 0xFFFFFFFF
     @cython.locals(waiting=uint32_t, at=Py_ssize_t, usable=int)
@@ -74,7 +78,9 @@ cdef class RxRing:
     cdef int peek(self, int at, int n) except -1
     @cython.locals(start=int, field=int, each=int, total=uint64_t, done=int, i=int, part=int, index=uint32_t, address=uint64_t, k=int)
     cdef int complete(self, int length, int extras) except -1
+    @cython.locals(p=cython.p_char, at=Py_ssize_t)
     cdef int extra(self, int kind, int flags, int value, uint32_t type) except -1
+    @cython.locals(p=cython.p_char, at=Py_ssize_t)
     cdef int answer(self, int flags, int size, int status) except -1
     @cython.locals(at=Py_ssize_t)
     cdef int give(self) except -1

@@ -115,7 +115,9 @@ class RxRing:
         logs: tuple[FrameLog, ...] | None
         queue: int
 
-    def __init__(self, grants: Pins, page: Any, *, most_bytes: int, gso: bool, sg: bool = True) -> None:
+    def __init__(
+        self, grants: Pins, page: Any, answers: Mem, *, again: bool, most_bytes: int, gso: bool, sg: bool = True
+    ) -> None:
         self.grants = grants
         self.memory = grants.memory
         self.most_bytes = most_bytes
@@ -135,13 +137,49 @@ class RxRing:
         self.too_long = self.unwanted = self.moved = self.bad_grants = self.waited = self.expired = self.completed = 0
         self.reason = ""
         self.area = Area([page.view])
+        self.answers = answers
         self.pages = Mem(bytearray(16 * 256))
         self.entry = Mem(bytearray(8))
-        self.response = Mem(bytearray(8))
         # the vnet header ends where the frame begins at a multiple of 16
         self.buffer = Mem(bytearray(12 + 4 + (18 << 12)))
         self.iov = Mem(bytearray(16 * 24))
         self.req_cons = self.rsp_prod = self.published = self.seen = self.area.load(8)
+        if again:
+            self.inherit()
+        else:
+            st32(self.answers.p, 0, self.published)
+
+    def inherit(self) -> None:
+        """Take the ring over from a worker that may have died at it.
+
+        What it had answered is published. The pages that it had pinned ahead are the guest's own again: its marks in
+        their entries nobody else can clear. GuestError as `free`, or the guest wrote to rsp_prod.
+        """
+        target = ld32(self.answers.p, 0)
+        if u32(target - self.published) > 256:
+            raise GuestError(f"rx ring: rsp_prod is {self.published:#x}, this end left it at {target:#x}")
+        self.put(self.published, target)
+        st32(self.area.p, 8, target)
+        self.req_cons = self.rsp_prod = self.published = self.seen = target
+        waiting = self.free()
+        for i in range(waiting):
+            self.area.take(64 + (u32(self.rsp_prod + i) & 255) * 8, self.entry.p, 0, 8)
+            try:
+                self.grants.pin_page(get32(self.entry.p, 4), True)
+            except GuestError:
+                continue
+            self.grants.unpin_page(get32(self.entry.p, 4), True)
+
+    def put(self, old: int, new: int) -> int:
+        """The answers to slots `old` up to `new` into the ring."""
+        start = (old & 255) * 8 + 64
+        n = u32(new - old) * 8
+        part = 64 + 8 * 256 - start
+        if part > n:
+            part = n
+        self.area.give(start, self.answers.p, start, part)
+        self.area.give(64, self.answers.p, 64, n - part)
+        return 0
 
     def free(self) -> int:
         """Slots that the guest has posted and that are not used. GuestError: the index jumped."""
@@ -592,25 +630,28 @@ class RxRing:
 
     def extra(self, kind: int, flags: int, value: int, type: int) -> int:
         """An extra over the response of the next slot."""
-        put8(self.response.p, 0, kind)
-        put8(self.response.p, 1, flags)
-        put16(self.response.p, 2, value)
-        put32(self.response.p, 4, type)
+        p = self.answers.p
+        at = (self.rsp_prod & 255) * 8 + 64
+        put8(p, at, kind)
+        put8(p, at + 1, flags)
+        put16(p, at + 2, value)
+        put32(p, at + 4, type)
         return self.give()
 
     def answer(self, flags: int, size: int, status: int) -> int:
-        put16(self.response.p, 0, get16(self.pages.p, (self.rsp_prod & 255) * 16 + 12))
-        put16(self.response.p, 2, 0)
-        put16(self.response.p, 4, flags)
-        put16(self.response.p, 6, size if status == 0 else status)
+        p = self.answers.p
+        at = (self.rsp_prod & 255) * 8 + 64
+        put16(p, at, get16(self.pages.p, (self.rsp_prod & 255) * 16 + 12))
+        put16(p, at + 2, 0)
+        put16(p, at + 4, flags)
+        put16(p, at + 6, size if status == 0 else status)
         return self.give()
 
     def give(self) -> int:
-        """The next slot is over: its page is the guest's, and `response` its answer."""
+        """The next slot has its answer, and its page is the guest's again."""
         at = (self.rsp_prod & 255) * 16
         if not get16(self.pages.p, at + 14):
             self.grants.unpin_page(get32(self.pages.p, at + 8), True)
-        self.area.give(64 + (self.rsp_prod & 255) * 8, self.response.p, 0, 8)
         self.rsp_prod = u32(self.rsp_prod + 1)
         self.slots += 1
         return 0
@@ -622,13 +663,15 @@ class RxRing:
             self.expired += 1
 
     def push(self) -> bool:
-        """Publish the responses; True: the guest wants to be notified."""
+        """Put the answers into the ring and publish them (the order is answers.py's); True: the guest wants to be notified."""
         if self.closed:
             raise ValueError("the ring is closed")
         new = self.rsp_prod
         old = self.published
         if new == old:
             return False
+        st32(self.answers.p, 0, new)
+        self.put(old, new)
         st32(self.area.p, 8, new)
         fence()
         event = ld32(self.area.p, 12)

@@ -25,9 +25,13 @@ cdef class TxRing:
     cdef object memory
     cdef bint closed
     cdef Area area
-    cdef Mem taken, extra, iov, response
+    cdef Mem answers, taken, extra, iov
     cdef uint32_t published
 
+    @cython.locals(target=uint32_t, waiting=Py_ssize_t, i=uint32_t)
+    cdef void inherit(self) except *
+    @cython.locals(start=Py_ssize_t, n=Py_ssize_t, part=Py_ssize_t)
+    cdef int put(self, uint32_t old, uint32_t new) except -1
     @cython.locals(prod=uint32_t, waiting=uint32_t)
     cdef Py_ssize_t available(self) except -1
     @cython.locals(waiting=Py_ssize_t, done=Py_ssize_t, got=Py_ssize_t)
@@ -50,6 +54,7 @@ cdef class TxRing:
     cdef Py_ssize_t member(self, int kind, int extras) except -1
     @cython.locals(i=int)
     cdef Py_ssize_t answer(self, int parts, int extras, int status) except -1
+    @cython.locals(at=Py_ssize_t)
     cdef int respond(self, int id, int status) except -1
     @cython.locals(new=uint32_t, old=uint32_t, event=uint32_t)
     cpdef bint push(self) except -1

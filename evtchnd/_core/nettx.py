@@ -95,7 +95,7 @@ class TxRing:
         queue: int
         head: Mem
 
-    def __init__(self, grants: Pins, page: Any) -> None:
+    def __init__(self, grants: Pins, page: Any, answers: Mem, *, again: bool) -> None:
         self.grants = grants
         self.memory = grants.memory
         self.multicast = None
@@ -113,9 +113,47 @@ class TxRing:
         self.extra = Mem(bytearray(16))
         self.head = Mem(bytearray(272))
         self.iov = Mem(bytearray(16 * 24))
-        self.response = Mem(bytearray(16))
+        self.answers = answers
         # the shared rsp_prod: 0 in a new ring, where a dead worker was in an old one
         self.req_cons = self.rsp_prod = self.published = self.area.load(8)
+        if again:
+            self.inherit()
+        else:
+            st32(self.answers.p, 0, self.published)
+
+    def inherit(self) -> None:
+        """Take the ring over from a worker that may have died at it.
+
+        What it had answered is published; what it had taken besides is taken again, and may be sent twice. The pages
+        that it had pinned for a packet are the guest's own again: its marks in their entries nobody else can clear. An
+        extra's first word passes for a grant here; whatever that names is pinned and unpinned. GuestError as
+        `available`, or the guest wrote to rsp_prod.
+        """
+        target = ld32(self.answers.p, 0)
+        if u32(target - self.published) > 256:
+            raise GuestError(f"tx ring: rsp_prod is {self.published:#x}, this end left it at {target:#x}")
+        self.put(self.published, target)
+        st32(self.area.p, 8, target)
+        self.req_cons = self.rsp_prod = self.published = target
+        waiting = self.available()
+        for i in range(waiting):
+            self.slot(0, u32(self.req_cons + i))
+            try:
+                self.grants.pin_page(get32(self.taken.p, 0), False)
+            except GuestError:
+                continue
+            self.grants.unpin_page(get32(self.taken.p, 0), False)
+
+    def put(self, old: int, new: int) -> int:
+        """The answers to slots `old` up to `new` into the ring."""
+        start = (old & 255) * 12 + 64
+        n = u32(new - old) * 12
+        part = 64 + 12 * 256 - start
+        if part > n:
+            part = n
+        self.area.give(start, self.answers.p, start, part)
+        self.area.give(64, self.answers.p, 64, n - part)
+        return 0
 
     def available(self) -> int:
         """Requests not taken yet. GuestError: the index jumped."""
@@ -415,21 +453,23 @@ class TxRing:
         return parts + extras
 
     def respond(self, id: int, status: int) -> int:
-        # the rest of the slot stays zero (XSA-216)
-        put16(self.response.p, 0, id)
-        put16(self.response.p, 2, status)
-        self.area.give(64 + (self.rsp_prod & 255) * 12, self.response.p, 0, 12)
+        # the rest of the slot is zero (XSA-216)
+        at = (self.rsp_prod & 255) * 12 + 64
+        put16(self.answers.p, at, id)
+        put16(self.answers.p, at + 2, status)
         self.rsp_prod = u32(self.rsp_prod + 1)
         return 0
 
     def push(self) -> bool:
-        """Publish the answers; True: the guest wants to be notified."""
+        """Put the answers into the ring and publish them (the order is answers.py's); True: the guest wants to be notified."""
         if self.closed:
             raise ValueError("the ring is closed")
         new = self.rsp_prod
         old = self.published
         if new == old:
             return False
+        st32(self.answers.p, 0, new)
+        self.put(old, new)
         st32(self.area.p, 8, new)
         fence()
         event = ld32(self.area.p, 12)

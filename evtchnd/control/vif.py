@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from evtchnd import transport
+from evtchnd import answers, transport
 from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
 from evtchnd.control.network import Network, Port
@@ -24,15 +24,15 @@ from evtchnd.xenstore.server import Server
 
 log = logging.getLogger(__name__)
 
-# Of one vif here: its control ring's port, and some air; of a queue: one of the TAP, four of ports.
-DESCRIPTORS, QUEUE_DESCRIPTORS = 4, 5
+# Of one vif here: its control ring's port, its answers, and some air; of a queue: one of the TAP, four of ports.
+DESCRIPTORS, QUEUE_DESCRIPTORS = 5, 5
 # A worker that has just been given a vif may not serve it yet.
 _SERVED_S, _TRIES = 0.1, 50
 _UNLIMITED = (0, 0)
 
 
 class Vif:
-    """One vif. Owns its TAP's descriptors.
+    """One vif. Owns its TAP's descriptors, and the memfd of what its rings have been answered, once it is made.
 
     host        what the worker is told of the host's end
     connected   what the live rings are (the worker's words), None while there are none
@@ -63,6 +63,7 @@ class Vif:
         self.closed = False
         self.settled = asyncio.Event()  # its backend serves it, or has given up
         self.fds: list[int] = []
+        self.answers = -1
         self._vifs = vifs
 
     @property
@@ -72,7 +73,7 @@ class Vif:
 
     def attach(self, id: int) -> tuple[m.AttachVif, list[int]]:
         """What its worker gets, and the descriptors that go along."""
-        return m.AttachVif(id, self.key, self.devid, self.host, self.connected), self.fds
+        return m.AttachVif(id, self.key, self.devid, self.host, self.connected), [self.answers, *self.fds]
 
     def taps_changed(self, fds: list[int]) -> None:
         """As network.Changed."""
@@ -91,9 +92,11 @@ class Vif:
             self._vifs.tell(self, lambda id: m.ChangeVif(id, self.key, mtu=mtu), [])
 
     def close(self) -> None:
-        """Closes its TAP. Idempotent."""
+        """Closes what it owns. Idempotent."""
         self.closed = True
         fds, self.fds = self.fds, []
+        if self.answers >= 0:
+            fds, self.answers = [*fds, self.answers], -1
         transport.close_all(fds)
 
     def described(self) -> dict[str, Any]:
@@ -150,12 +153,14 @@ class Vifs:
         vif = Vif(self._domid, self._place(spec), spec, self._config, self)
         try:
             descriptors.require(DESCRIPTORS + QUEUE_DESCRIPTORS * vif.host.queues, vif.name)
+            vif.answers = answers.create(vif.host.queues, f"evtchnd-{vif.domid}-vif-{vif.devid}")
         except HostError as exc:
             raise OperatorError(str(exc)) from None
         self._opening[vif.devid] = vif
         try:
             vif.fds = await self._network.open(vif.port)
         except OperatorError as exc:
+            vif.close()
             raise OperatorError(f"{vif.name}: {exc}", exc.errno) from None
         finally:
             del self._opening[vif.devid]

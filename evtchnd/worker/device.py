@@ -220,22 +220,24 @@ def vif_key(devid: int) -> int:
 
 
 class VifDevice(AnyDevice):
-    """A network interface. Its TAP descriptors, one a queue, belong to the worker and are not closed by run().
+    """A network interface. Its descriptors belong to the worker and are not closed by run().
 
     vif             what the control plane says of it (messages.py); `change` keeps it up to date
-    taps            the TAP's descriptors
+    taps            the TAP's descriptors, one a queue
+    answers_fd      the memfd with what its rings have been answered (evtchnd/answers.py), made by the control plane
     change          set by the backend: `vif` is another one now (mtu, rate, carrier); HostError: it cannot be
     retap           set by the backend: the TAP was made anew, these are its descriptors (the worker's, too)
     capture         set by the backend: gets a reader's stream socket (a descriptor, the backend's from then on), what
                     to greet it with, bytes of a frame and frames at most (0: any); HostError: there are too many
     """
 
-    def __init__(self, *, vif: Vif, taps: Sequence[int], **shared: Any) -> None:
+    def __init__(self, *, vif: Vif, taps: Sequence[int], answers_fd: int, **shared: Any) -> None:
         """`shared`: what AnyDevice takes."""
         super().__init__(**shared)
         self.key = vif_key(self.devid)
         self.vif = vif
         self.taps = list(taps)
+        self.answers_fd = answers_fd
         self.change: Callable[[Vif], Awaitable[None]] = self._change
         self.retap: Callable[[Sequence[int]], None] = self._retap
         self.capture: Callable[[int, bytes, int, int], None] = self.refuse

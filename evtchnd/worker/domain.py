@@ -246,10 +246,13 @@ class Worker:
     async def _begin_vif(self, domain: _Domain, attach: m.AttachVif, backend: Backend, fds: list[int]) -> None:
         """Starts a vif's backend. Takes its descriptors."""
         try:
-            if len(fds) != attach.vif.queues:
-                raise HostError(f"domain {domain.domid}: vif {attach.number}: {len(fds)} TAP queues")
+            answers_fd, *taps = fds
+            if len(taps) != attach.vif.queues:
+                raise HostError(f"domain {domain.domid}: vif {attach.number}: {len(taps)} TAP queues")
             shared = self._shared(domain, await domain.store, attach.devid, attach.connected)
-            device = VifDevice(devid=attach.number, kind="vif", vif=attach.vif, taps=fds, **shared)
+            device = VifDevice(
+                devid=attach.number, kind="vif", vif=attach.vif, taps=taps, answers_fd=answers_fd, **shared
+            )
         except BaseException:
             close_all(fds)
             raise
@@ -342,9 +345,9 @@ class Worker:
         running, device = self._vif(taps.devid)
         if len(fds) != device.vif.queues:
             raise HostError(f"{device.name}: {len(fds)} TAP queues, there were {device.vif.queues}")
-        new, old = list(fds), list(running.fds)
+        new, (answers_fd, *old) = list(fds), running.fds
         fds.clear()
-        running.fds[:] = new
+        running.fds[:] = [answers_fd, *new]
         try:
             device.retap(new)
         finally:

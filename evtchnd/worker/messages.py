@@ -6,7 +6,7 @@
 | Memory        | one for each `fds` index       | Done (errno, reason: nothing changed)   |
 | Attach        | disk, journal                  | Done, after a Keep where it has io_uring |
 | AttachConsole | pty, log, old log (-1: left out) | Done                                  |
-| AttachVif     | one TAP queue each of `vif.queues` | Done                                |
+| AttachVif     | answers, then one TAP queue each of `vif.queues` | Done                  |
 | Taps          | one TAP queue each of `vif.queues` | Done                                |
 | ChangeVif     |                                | Done, when it holds                     |
 | Client        | a client's socket              | Done                                    |
