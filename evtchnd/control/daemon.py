@@ -11,7 +11,7 @@ import errno
 import logging
 import socket
 from builtins import list as List
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +25,7 @@ from evtchnd.control.disk import Disk
 from evtchnd.control.domain import DESCRIPTORS, Domain
 from evtchnd.control.images import Images
 from evtchnd.control.inprocess import InProcess
-from evtchnd.control.network import Network
+from evtchnd.control.network import Network, Passed
 from evtchnd.control.vmm_connection import VmmConnection
 from evtchnd.control.zygote import Workers, Zygote
 from evtchnd.diskspec import DiskSpec
@@ -64,12 +64,14 @@ class Daemon:
         zygote: Zygote | None,
         listening: Mapping[str, socket.socket] | None = None,
         log_of_store: Log | None = None,
+        taps: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
+        """`taps`: queues of TAPs that systemd passed in, by name; the caller's."""
         self._config = config
         self._workers: Workers = zygote if zygote is not None else InProcess()
         self._listening = dict(listening or {})
         self._images = Images(config.limits.image_s)
-        self._network = Network()
+        self._network = Network(taps)
         store = _store(log_of_store, Quotas(**msgspec.structs.asdict(config.xenstore)))
         self._server = Server(store, poll_us=config.poll.max_us)
         self._log = log_of_store
@@ -492,6 +494,16 @@ class Daemon:
         if devid not in domain.disks:
             raise VmmError(f"{domain.label}: no disk {devid}", errno.ENOENT)
         await domain.detach(domain.disks[devid], force=False)
+
+    async def attach_passed_vif(self, domain: Domain, message: p.Vif, fds: List[int]) -> None:
+        """A TAP's queues that a VMM passes. Takes `fds`. It is wired by whoever made it."""
+        spec = VifSpec(mac=message.mac.hex(":"), wiring="none", mtu=message.mtu, devid=message.devid)
+        made = await domain.vifs.attach(spec, Passed(fds, f"descriptor of {self._domains[domain.domid][1].peer}"))
+        log.info("%s: attached, %s, passed by its VMM", made.name, made.port.name)
+
+    async def detach_passed_vif(self, domain: Domain, devid: int) -> None:
+        """VIF_REMOVE: as an operator's detach."""
+        await domain.vifs.detach(str(devid), force=False)
 
     def gone(self, connection: VmmConnection) -> None:
         """A connection has ended, and its domain."""

@@ -95,6 +95,7 @@ class Vif(Struct, frozen=True):
     rate_usec: int
     carrier: bool
     link: str
+    tap: str
     reason: str
     backend: str
     frontend: str
