@@ -148,6 +148,25 @@ def test_a_guest_on_a_bridge_from_first_to_last(daemon: Running) -> None:
         assert not workers(daemon)
 
 
+def test_addresses_are_routes_or_told_to_have_no_effect(daemon: Running) -> None:
+    with bridged() as (here, _), soft_guest(daemon) as (domain, store):
+        bridge = ctl(daemon.folder, "network-attach", "7", f"bridge=br0,ip={GUEST},netns={here.name}")
+        warning = f"ip={GUEST} is told to XenStore and filters nothing (script=vif-route makes routes of it)"
+        assert bridge.returncode == 0
+        assert bridge.stderr == f"evtchnctl: {warning}\n"
+        said(daemon, "network-detach", "7", "0")
+        spec = f"mac={MAC},script=vif-route,ip={GUEST},address={FAR}/32,netns={here.name}"
+        routed = ctl(daemon.folder, "network-attach", "7", spec)
+        assert (routed.returncode, routed.stderr) == (0, "")
+        card = Netfront(domain, store)
+        card.connect()
+        with answering(card):
+            here.ping(GUEST, 3)
+        card.disconnect()
+        assert daemon.end() == 0
+        assert f"warning domain 7: vif 0: {warning}\n" in daemon.said
+
+
 def test_a_tap_that_is_deleted_under_traffic(daemon: Running) -> None:
     with bridged() as (here, far), soft_guest(daemon) as (domain, store):
         said(daemon, "network-attach", "7", f"mac={MAC},bridge=br0,netns={here.name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,6 +55,8 @@ class Verbs:
 
     def _attach(self, args: Asked) -> None:
         spec = vifspec.parse(",".join(args.vif))
+        if spec.idle:
+            print(f"evtchnctl: {spec.idle}", file=sys.stderr)
         with self._connect(args) as client:
             domid = self._number(client, args.domain)
             if args.dry_run:

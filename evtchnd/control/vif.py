@@ -170,6 +170,8 @@ class Vifs:
             raise OperatorError(f"{self._label} has ended")
         vif.host = msgspec.structs.replace(vif.host, mtu=vif.port.mtu)
         self.by_key[vif.key] = vif
+        if spec.idle:
+            log.warning("%s: %s", vif.name, spec.idle)
         if self._supervisor is not None:
             toolstack.add_vif(self._server, vif)
             await self._supervisor.attach_device(vif)
