@@ -326,5 +326,8 @@ def test_a_place_is_taken_once(daemon: Running) -> None:
         ]:
             assert ctl(daemon.folder, "network-attach", "7", text).stderr == f"evtchnctl: {reason}\n"
         assert [each["devid"] for each in said(daemon, "network-list", "7")] == [0, 1, 5]
+        assert said(daemon, "network-attach", "7", f"vifname=0,{place}")["devid"] == 2
+        assert said(daemon, "network-set", "7", "0", "--carrier", "up")["vifname"] == "vif7.0"  # a number is a number
+        said(daemon, "network-detach", "7", "2")
         said(daemon, "network-detach", "7", "1")
         assert said(daemon, "network-attach", "7", place)["devid"] == 1

@@ -45,6 +45,9 @@ _MOST_ACCEPTS = 16
 # After accept() has failed; asyncio's own servers wait as long.
 _ACCEPT_PAUSE_S = 1.0
 
+# A worker ends when its control plane has; with a TAP there is nothing that it waits for.
+_OLD_WORKER_S, _OLD_WORKER_PAUSE_S = 5.0, 0.1
+
 
 class Daemon:
     """Everything that `evtchnd` serves but the operator's socket.
@@ -448,7 +451,7 @@ class Daemon:
             if any(vif.devid == each.devid for each in domain.vifs.by_key.values()):  # a second START
                 continue
             try:
-                await domain.vifs.attach(vif)
+                await self._attach_vif(domain, vif)
             except (HostError, OperatorError) as exc:
                 log.error("%s: vif %s: not attached: %s", domain.label, vif.devid, exc)
         for spec in disks:
@@ -459,6 +462,18 @@ class Daemon:
                 await domain.attach(await self._open(domain, spec))
             except (HostError, OperatorError) as exc:
                 log.error("%s: %s: not attached: %s", domain.label, spec.vdev, exc)
+
+    async def _attach_vif(self, domain: Domain, spec: VifSpec) -> None:
+        """Of a domain that is resumed: the worker of the daemon before this one may have its TAP still."""
+        deadline = asyncio.get_running_loop().time() + (_OLD_WORKER_S if domain.resumed else 0)
+        while True:
+            try:
+                await domain.vifs.attach(spec)
+                return
+            except OperatorError as exc:
+                if exc.errno != errno.EBUSY or asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(_OLD_WORKER_PAUSE_S)
 
     async def release(self, domain: Domain, reason: str) -> None:
         """Ends a domain and everything of it."""

@@ -80,6 +80,8 @@ class Port:
         self.owner = owner
         self.namespace: _Namespace | None = None
         self._wrong = ""
+        # while it is wired: links that have ended meanwhile
+        self.ended: set[int] | None = None
         self.changed = asyncio.Event()
         self.keeper: asyncio.Task[None] | None = None
 
@@ -106,6 +108,8 @@ class Port:
 
     def news(self, link: Link) -> None:
         """Some link of the port's namespace has changed."""
+        if not link.here and self.ended is not None:
+            self.ended.add(link.index)
         if self.index and link.index == self.index:
             self._own_news(link)
         elif link.here and link.name == self.name and not self.index:
@@ -265,6 +269,7 @@ class _Namespace:
         self._netlink: Netlink = netlink.Netlink(requests)
         self._links: Links = netlink.Links(news, self._news, self._missed)
         self._looking: asyncio.Task[None] | None = None
+        self._look_again = False
 
     @property
     def place(self) -> int:
@@ -301,6 +306,14 @@ class _Namespace:
         return opened.fds
 
     async def _wire(self, port: Port, index: int) -> None:
+        """As `_wire_it`. What ends under its hands is not taken for being there."""
+        port.ended = set()
+        try:
+            await self._wire_it(port, index, port.ended)
+        finally:
+            port.ended = None
+
+    async def _wire_it(self, port: Port, index: int, ended: set[int]) -> None:
         """MTU, bridge, addresses, routes, and up. What is so already is left alone: that takes no capability."""
         spec, name = port.spec, port.name
         now = await self._netlink.link_of(name, index)
@@ -318,8 +331,8 @@ class _Namespace:
         if bridge is not None and now.master != bridge.index:
             wanted["master"] = bridge.index
         if bridge is not None and port.made:
-            # the guest's with a first byte that no bridge takes for its own (it takes the lowest)
-            wanted["address"] = f"fe{spec.mac[2:]}"
+            # the guest's with a first byte that no bridge takes for its own (it takes the lowest), and not the guest's
+            wanted["address"] = f"{'fa' if spec.mac.startswith('fe') else 'fe'}{spec.mac[2:]}"
             with suppress(OperatorError):  # a kernel without IPv6
                 await self._netlink.ask(name, self._netlink.link("set", index=index, IFLA_AF_SPEC=_NO_LINK_LOCAL))
         for key, value in wanted.items():
@@ -333,6 +346,9 @@ class _Namespace:
             route = there if "/" in there else f"{there}/{128 if ':' in there else 32}"
             request = self._netlink.route("replace", dst=route, oif=index, scope=_RT_SCOPE_LINK)
             await self._netlink.ask(f"{name}: route to {there}", request)
+        for gone, what in ((index, name), (bridge.index if bridge is not None else 0, f"bridge {spec.bridge}")):
+            if gone in ended:
+                raise OperatorError(f"{what}: is gone again")
         port.index, port.mtu, port.up = index, mtu, True
         port.bridge = bridge.index if bridge is not None else 0
         port.wrong("")
@@ -368,8 +384,9 @@ class _Namespace:
             except OperatorError as exc:
                 port.wrong(str(exc).removeprefix(f"{port.name}: "))
                 pause = min(pause * 2, _PAUSE_MOST_S)
-                if not port.index and port.made:
-                    port.changed.set()
+                port.changed.set()
+            except Exception:
+                log.exception("%s: %s: a defect of evtchnd", port.label, port.name)
 
     async def _again(self, port: Port) -> None:
         if not port.made and await self._netlink.link_named(port.name) is None:
@@ -395,11 +412,17 @@ class _Namespace:
             port.news(link)
 
     def _missed(self) -> None:
+        self._look_again = True
         if self._looking is None or self._looking.done():
             self._looking = asyncio.get_running_loop().create_task(self._look())
 
     async def _look(self) -> None:
         """The kernel has dropped news: what has become of our links?"""
+        while self._look_again:
+            self._look_again = False
+            await self._look_once()
+
+    async def _look_once(self) -> None:
         from evtchnd.control import netlink
 
         for port in list(self.ports):

@@ -140,7 +140,10 @@ def entered(place: int) -> Iterator[None]:
     if place < 0:
         yield
         return
-    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise OperatorError(f"netns: the own one: {exc.strerror}", exc.errno or errno.EIO) from None
     try:
         try:
             _setns(place)

@@ -145,9 +145,11 @@ class Vifs:
 
     def find(self, device: str) -> Vif:
         """By its number, its MAC address (as xl does) or the name of its host's end. OperatorError."""
-        for vif in self.by_key.values():
-            if device in (str(vif.devid), vif.port.name) or device.lower() == vif.spec.mac:
-                return vif
+        every = self.by_key.values()
+        found = [vif for vif in every if device == str(vif.devid)]
+        # a name may be a number, too, but another one's
+        for vif in found or [vif for vif in every if device == vif.port.name or device.lower() == vif.spec.mac]:
+            return vif
         raise OperatorError(f"{self._label}: no vif {device}", errno.ENOENT)
 
     # ---- life
