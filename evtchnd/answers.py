@@ -22,8 +22,9 @@ import fcntl
 import os
 
 from evtchnd._core.words import Mem
+from evtchnd.abi import PAGE_SIZE
 from evtchnd.errors import HostError
-from evtchnd.memory import PAGE_SIZE, map_range
+from evtchnd.memory import map_range
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 

@@ -32,30 +32,34 @@ class Step(Enum):
     CONNECT = auto()  # the frontend has published its ring: take it, then `switch(CONNECTED)`
     CLOSE = auto()  # the frontend is closing: `switch(CLOSING)`; its ring is served on until it has closed
     SHUT = auto()  # let go of the ring: `switch(CLOSED)`
+    RECONFIGURE = auto()  # look at what the frontend may change; `switch(RECONFIGURED)`, CONNECTED once it is Connected
     FAIL = auto()  # `fail()` was called: let go of the ring, `switch(CLOSING)`
 
 
-_1, _2, _4, _5, _6 = (
+_1, _2, _4, _5, _6, _8 = (
     XenbusState.INITIALISING,
     XenbusState.INIT_WAIT,
     XenbusState.CONNECTED,
     XenbusState.CLOSING,
     XenbusState.CLOSED,
+    XenbusState.RECONFIGURED,
 )
-_A, _C, _X, _S, _o = Step.ANNOUNCE, Step.CONNECT, Step.CLOSE, Step.SHUT, Step.STAY
+_A, _C, _X, _S, _R, _o = Step.ANNOUNCE, Step.CONNECT, Step.CLOSE, Step.SHUT, Step.RECONFIGURE, Step.STAY
 
 # own state -> the step for each state of the frontend, UNKNOWN (no node, or no state in it) to RECONFIGURED.
 #   (2, unknown): the toolstack is not ready with the frontend's nodes. (4, 1): a frontend that starts over without a
 #   word, as a guest after a crash does: the ring that it had is let go. (5, 1), (6, 1): the next handshake.
 #   (6, 5): a kexec'd kernel drives what it found through 5, 6, 1 and wants to see 5, 6, 2.
+#   (4, 7), (8, 4): Linux' netfront changes its XDP headroom so; for backends where nothing can be changed it is STAY.
 #   (6, 3): it published a ring for a backend that is not there: Linux' frontends never do; they wait for our 2.
 TRANSITIONS: Mapping[XenbusState, tuple[Step, ...]] = {
     #     0   1   2   3   4   5   6   7   8
     _1: (_A, _A, _A, _A, _A, _A, _A, _A, _A),
     _2: (_o, _o, _o, _C, _C, _X, _S, _o, _o),
-    _4: (_S, _A, _o, _o, _o, _X, _S, _o, _o),
+    _4: (_S, _A, _o, _o, _o, _X, _S, _R, _o),
     _5: (_S, _A, _o, _o, _o, _o, _S, _o, _o),
     _6: (_o, _A, _o, _o, _o, _X, _o, _o, _o),
+    _8: (_S, _A, _o, _o, _R, _X, _S, _o, _o),
 }
 
 _STATES = {str(int(state)): state for state in XenbusState}
@@ -69,11 +73,12 @@ def parse_state(text: str | None) -> XenbusState:
     return _STATES.get(text or "", XenbusState.UNKNOWN)
 
 
-def next_step(own: XenbusState, front: XenbusState, *, online: bool = True) -> Step:
+def next_step(own: XenbusState, front: XenbusState, *, online: bool = True, reconfigures: bool = False) -> Step:
     """The table, and what an operator's detach (`online` = 0) changes in it: nothing is begun any more."""
     if not online and (own in (_1, _2, _6) or front in _WITHOUT_RING):
         return Step.SHUT
-    return TRANSITIONS[own][front]
+    step = TRANSITIONS[own][front]
+    return Step.STAY if step is Step.RECONFIGURE and not reconfigures else step
 
 
 class Backend:
@@ -86,12 +91,16 @@ class Backend:
     ```
     """
 
-    def __init__(self, store: Client, name: str, backend_path: str, frontend_path: str) -> None:
+    def __init__(
+        self, store: Client, name: str, backend_path: str, frontend_path: str, *, reconfigures: bool = False
+    ) -> None:
+        """reconfigures: RECONFIGURE is among the steps."""
         self.name = name
         self.state = XenbusState.INITIALISING
         self.front = XenbusState.UNKNOWN
         self.failure: Exception | None = None  # why the last FAIL
         self._failure: Exception | None = None
+        self._reconfigures = reconfigures
         self._store = store
         self._backend = backend_path
         self._frontend = frontend_path
@@ -125,7 +134,7 @@ class Backend:
     async def resume(self) -> None:
         """An earlier worker had connected: no handshake, the frontend must not notice."""
         self.state = XenbusState.CONNECTED
-        if parse_state(await self._store.get(f"{self._backend}/state")) is XenbusState.INIT_WAIT:
+        if parse_state(await self._store.get(f"{self._backend}/state")) in (_2, _8):
             await self.switch(XenbusState.CONNECTED)  # it had not come to that
 
     def fail(self, failure: Exception) -> None:
@@ -151,7 +160,7 @@ class Backend:
                 await self.switch(XenbusState.CLOSED)
                 raise StopAsyncIteration
             self.front = parse_state(await self._store.get(f"{self._frontend}/state"))
-            step = next_step(self.state, self.front, online=online)
+            step = next_step(self.state, self.front, online=online, reconfigures=self._reconfigures)
             if step is not Step.STAY:
                 log.debug("%s: %s, frontend %s: %s", self.name, self.state.name, self.front.name, step.name)
                 return step
@@ -184,7 +193,7 @@ class Backend:
         That write fires the frontend's watch: it looks at the nodes again (how Linux' blkfront learns of a new size).
         """
         async with self._writing:
-            if self.state in (XenbusState.INIT_WAIT, XenbusState.CONNECTED):
+            if self.state in (_2, _4, _8):
                 await self._write_all(self.state, nodes)
 
     async def _write(self, state: XenbusState, nodes: Mapping[str, str]) -> None:

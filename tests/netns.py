@@ -61,7 +61,7 @@ class Netns:
 
     def sysctl(self, name: str, value: object) -> None:
         def write() -> None:
-            with open(f"/proc/thread-self/net/../../../sys/{name.replace('.', '/')}", "w") as file:
+            with open(f"/proc/sys/{name.replace('.', '/')}", "w") as file:
                 file.write(str(value))
 
         self.run(write)

@@ -140,14 +140,20 @@ class Host:
         return await Client.from_socket(ours)
 
     async def __aexit__(self, *exc: object) -> None:
+        failed = None
         for devid in list(self.tasks):
-            await self.kill(devid)
+            try:
+                await self.kill(devid)
+            except Exception as error:  # a reader that is left in the loop keeps uvloop from closing, for ever
+                failed = failed or error
         self.poller.close()
         await self.client.close()
         self.store.close()
         self.domain.close()
         self._ring.close()
         await self.server.close()
+        if failed is not None:
+            raise failed
         self.grants.close()
         self.memory.close()
         self._page.close()

@@ -1,4 +1,4 @@
-"""A worker that dies at a vif's rings, at each step between a packet and its published answers: the next one goes on."""
+"""A worker that dies at a vif's rings, at each step from a packet to its published answers: the next one goes on."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def answered(worker: Worker) -> None:
 def noted(worker: Worker) -> None:
     """`push` has begun: the index is beside the answers."""
     for ring, mine in ((worker.tx, worker.answers.tx), (worker.rx, worker.answers.rx)):
-        mine.store(0, ring.rsp_prod)
+        mine.store(0, (ring.posted if isinstance(ring, RxRing) else ring).rsp_prod)
 
 
 def half_put(worker: Worker) -> None:
@@ -150,7 +150,7 @@ def test_receive_slots_are_answered_once(died: Callable[[Worker], None]) -> None
         def body() -> None:
             worker = Worker(vm, queue, fd, again=False)
             assert worker.rx.run(tap.fileno(), 9) == 2
-            assert worker.rx.slots == 6
+            assert worker.rx.posted.used == 6
             died(worker)
 
         queue.post(200)
@@ -166,12 +166,12 @@ def test_receive_slots_are_answered_once(died: Callable[[Worker], None]) -> None
         frames = queue.receive(post=0)
         lost = [] if died is not answered else [b"\1" * 15000, b"\2" * 60]  # a network may lose what it likes
         assert lost + [frame.data for frame in frames] == [b"\1" * 15000, b"\2" * 60, b"\3" * 60]
-        assert worker.rx.bad_grants == 0
+        assert worker.rx.posted.bad_grants == 0
         worker.close()
 
 
 def test_an_end_that_the_guest_moved_stops_the_vif() -> None:
-    with world() as (vm, queue, fd, tap, host):
+    with world() as (vm, queue, fd, _, _):
         Worker(vm, queue, fd, again=False).close()
         for ring in (queue.tx, queue.rx):
             ring._area.store(8, 5)

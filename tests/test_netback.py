@@ -13,8 +13,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from evtchnd.guest.netfront import Frame
-from evtchnd.guest.packets import arp_reply, check_payload, checksum, payload, udp, udp_data
+from evtchnd.abi import XenbusState
+from evtchnd.guest.domain import GuestFault
+from evtchnd.guest.netfront import Frame, Netfront
+from evtchnd.guest.packets import TCP, arp_reply, check_payload, checksum, ip, payload, udp, udp_data
 from netns import Netns, possible
 from netrelay import Relay
 from scale import scaled
@@ -197,6 +199,83 @@ async def test_a_jumbo_frame_where_a_gso_packet_was_possible() -> None:
 
             await here.host.guest(guest)
         assert device.stats()["rx_moved"] > 250
+
+
+async def test_large_packets_among_small_ones() -> None:
+    """After small ones a single page is offered to the next: what is longer goes by way of the ring's buffer."""
+    async with world() as here:
+        here.attach(mtu=9000)
+        here.netns.ip("link", "set", TAP, "mtu", "9000")
+        with here.udp() as sock:
+
+            def guest() -> None:
+                front = here.front(post=0)
+                here.connect(front)
+                (queue,) = front.queues
+                queue.post(24)
+                for number in range(600):
+                    size = 60 if number % 20 else 4060 + 8 * number
+                    sock.sendto(payload(number, size), (GUEST4, 7000))
+                    if number == 300:  # there are pages for half of it: it waits
+                        queue.post(256)
+                    (frame,) = queue.expect(1, mac=front.mac, post=4 if number < 300 else 256)
+                    data = udp_data(frame.data, blank=frame.csum_blank)
+                    assert check_payload(data) == number and len(data) == size
+                front.disconnect()
+
+            await here.host.guest(guest)
+
+
+async def test_headroom_for_xdp() -> None:
+    """xdp-headroom: asked for and given back while packets come, and from the start; one page, several, GSO."""
+    async with world() as here:
+        device = here.attach(mtu=9000)
+        here.netns.ip("link", "set", TAP, "mtu", "9000")
+        way = here.way().back()
+        with here.udp() as sock, here.netns.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+            raw.setsockopt(263, 15, 1)  # SOL_PACKET, PACKET_VNET_HDR
+            raw.bind((TAP, 0))
+
+            def received(front: Netfront, headroom: int) -> None:
+                (queue,) = front.queues
+                each = 4096 - headroom
+                for number, size in enumerate((8, 1472, each - 42, each - 41, 8000, 8, 8)):
+                    sock.sendto(payload(number, size), (GUEST4, 7000))
+                    (frame,) = queue.expect(1, mac=front.mac)
+                    assert check_payload(udp_data(frame.data, blank=frame.csum_blank)) == number
+                    assert frame.slots == -(-(size + 42) // each)
+                    extra = [(5, struct.pack("<HHH", headroom, 0, 0))] if headroom else []
+                    assert frame.extras == extra
+                body = bytes(12) + b"\x50\x04" + bytes(6) + payload(1, 44 * 1448)
+                segments = ip(way, TCP, body)
+                raw.send(struct.pack("<BBHHHH", 1, 1, 54, 1448, 34, 16) + segments)
+                if headroom <= 256:
+                    (frame,) = queue.expect(1, mac=front.mac)
+                    assert (frame.data, frame.gso_size, frame.slots) == (segments, 1448, -(-len(segments) // each))
+                    return
+                for number in range(44):  # the host segments it
+                    (frame,) = queue.expect(1, mac=front.mac)
+                    assert frame.data[54:] == body[20:][1448 * number :][:1448]
+
+            def guest() -> None:
+                front = here.front()
+                here.connect(front)
+                assert here.node("feature-xdp-headroom") == "1"
+                for headroom in (0, 256, 0, 64, 1024, 256):
+                    front.xdp(headroom)
+                    received(front, headroom)
+                front.disconnect()
+                front = here.front(nodes={"xdp-headroom": "256"})
+                here.connect(front)
+                received(front, 256)
+                with pytest.raises(GuestFault, match="closed instead of taking 2049 bytes"):
+                    front.xdp(2049)
+                front.bus.switch(XenbusState.CLOSED)
+                front.bus.wait_backend(XenbusState.CLOSED)
+                front.release()
+
+            await here.host.guest(guest)
+        assert device.stats()["rx_dropped_long"] == 0
 
 
 async def test_a_checksum_that_the_guest_would_not_find_is_computed() -> None:

@@ -167,7 +167,7 @@ FATAL: dict[str, tuple[Callable[[Queue], None], str]] = {
     "tx index one too far": (lambda q: q.tx._area.store(0, q.tx.req_prod + 257), "tx ring: request index jumped"),
     "tx index behind": (lambda q: q.tx._area.store(0, q.tx.req_prod - 1 & 0xFFFFFFFF), "tx ring: request index jumped"),
     "tx index half around": (lambda q: q.tx._area.store(0, q.tx.req_prod ^ 1 << 31), "tx ring: request index jumped"),
-    "rx index one too far": (lambda q: q.rx._area.store(0, q.rx.rsp_cons + 257), "rx ring: request index jumped"),
+    "rx index one too far": (lambda q: q.rx._area.store(0, q.rx._area.load(8) + 257), "rx ring: request index jumped"),
     "rx index behind": (lambda q: q.rx._area.store(0, q.rx.rsp_cons - 1 & 0xFFFFFFFF), "rx ring: request index jumped"),
 }
 
@@ -180,6 +180,7 @@ async def test_what_no_driver_does_stops_that_vif(
     async with world() as here:
         here.attach()
         here.attach(1, address=False)
+        here.netns.sysctl("net.ipv6.conf.all.disable_ipv6", 1)  # nothing comes by itself: rx indices stand still
         way = here.way()
         with here.udp() as sock:
 

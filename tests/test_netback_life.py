@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -290,6 +291,47 @@ async def test_multicast_is_filtered_by_what_the_guest_joins() -> None:
                     break
             else:
                 raise AssertionError("still filtered")
+            await here.host.guest(front.disconnect)
+
+
+def slept() -> int:
+    """How often this thread has gone to sleep: once a turn of an idle loop."""
+    (line,) = [
+        line for line in Path("/proc/thread-self/status").read_text().splitlines() if line.startswith("voluntary_")
+    ]
+    return int(line.split()[1])
+
+
+@pytest.mark.parametrize("posted", [256, 0], ids=["pages posted", "starved"])
+async def test_an_idle_vif_wakes_nobody(posted: int) -> None:
+    """Connected, all queues, also one whose guest has no page for a packet that waits: nothing is stepped or polled."""
+    async with world() as here:
+        device = here.attach(queues=2, stall_s=0)
+        here.netns.ip("link", "set", TAP, "mtu", "1500")
+        here.netns.sysctl("net.ipv6.conf.all.disable_ipv6", 1)
+        with here.udp() as sock:
+            front = await connected(here, queues=2)
+            await here.host.guest(lambda: exchange(here, front, sock, range(20)))
+            if not posted:
+                waiting = here.netns.socket(socket.AF_PACKET, socket.SOCK_RAW)
+                waiting.bind((TAP, 0))
+
+                def starve() -> None:
+                    while not device.stats()["starved"]:
+                        waiting.send(b"\xff" * 1500)
+                        for queue in front.queues:
+                            queue.receive(post=0)
+                    waiting.close()
+
+                await here.host.guest(starve)
+            poller = here.host.poller
+            await here.until(lambda: not poller.live, "asleep")
+            await asyncio.sleep(0.1)
+            before, turns = (poller.slices, poller.sleeps, device.stats()), slept()
+            await asyncio.sleep(0.5)
+            turns = slept() - turns
+            assert (poller.slices, poller.sleeps, device.stats()) == before
+            assert turns < 4  # the pause's own
             await here.host.guest(front.disconnect)
 
 

@@ -21,7 +21,7 @@ OWN = tuple(TRANSITIONS)
 
 
 def test_every_pair_has_a_step() -> None:
-    assert OWN == (S.INITIALISING, S.INIT_WAIT, S.CONNECTED, S.CLOSING, S.CLOSED)
+    assert OWN == (S.INITIALISING, S.INIT_WAIT, S.CONNECTED, S.CLOSING, S.CLOSED, S.RECONFIGURED)
     assert all(len(row) == len(XenbusState) for row in TRANSITIONS.values())
 
 
@@ -33,15 +33,22 @@ AFTER = {
 }
 
 
+def after(step: Step, front: XenbusState) -> XenbusState:
+    if step is Step.RECONFIGURE:
+        return S.CONNECTED if front is S.CONNECTED else S.RECONFIGURED
+    return AFTER[step]
+
+
+@pytest.mark.parametrize("reconfigures", [True, False])
 @pytest.mark.parametrize("online", [True, False])
-def test_no_frontend_state_makes_it_go_round(online: bool) -> None:
+def test_no_frontend_state_makes_it_go_round(online: bool, reconfigures: bool) -> None:
     """Whatever stands in the frontend's node: after a few steps the backend waits for a change."""
     for own in OWN:
         for front in XenbusState:
             state, seen = own, []
-            while (step := next_step(state, front, online=online)) is not Step.STAY:
+            while (step := next_step(state, front, online=online, reconfigures=reconfigures)) is not Step.STAY:
                 seen.append(step)
-                state = AFTER[step]
+                state = after(step, front)
                 assert len(seen) < 4, (own, front, seen)
                 if not online and state is S.CLOSED:
                     break
@@ -51,14 +58,19 @@ def walk(own: XenbusState, *fronts: int) -> list[int]:
     """The own states that a frontend sees while it writes `fronts`."""
     states = []
     for front in fronts:
-        while (step := next_step(own, XenbusState(front))) is not Step.STAY:
-            own = AFTER[step]
+        while (step := next_step(own, XenbusState(front), reconfigures=True)) is not Step.STAY:
+            own = after(step, XenbusState(front))
         states.append(int(own))
     return states
 
 
 def test_the_usual_life() -> None:
     assert walk(S.INITIALISING, 1, 3, 4, 5, 6) == [2, 4, 4, 5, 6]
+
+
+def test_a_frontend_changes_its_mind() -> None:
+    assert walk(S.CONNECTED, 7, 4, 7, 4, 5, 6) == [8, 4, 8, 4, 5, 6]
+    assert next_step(S.CONNECTED, S.RECONFIGURING) is Step.STAY  # of a disk, there is nothing to change
 
 
 def test_kexec_wants_5_6_2() -> None:

@@ -85,6 +85,13 @@ async def run(device: VifDevice) -> None:
                     break
         raise GuestError("hotplug-status: the host's side of the interface is not there")
 
+    async def reconfigure() -> None:
+        """What a frontend changes while it is connected: room for XDP (Linux' read_xenbus_frontend_xdp)."""
+        nodes = await bus.frontend_nodes(["xdp-headroom"])
+        if vif is not None:
+            vif.headroom(netif.xdp_headroom(nodes))
+        await bus.switch(XenbusState.CONNECTED if bus.front is XenbusState.CONNECTED else XenbusState.RECONFIGURED)
+
     async def change(new: m.Vif) -> None:
         moved = {
             name: str(int(getattr(new, name)))
@@ -125,7 +132,7 @@ async def run(device: VifDevice) -> None:
     device.change = change
     device.retap = retap
     device.capture = captures.accept
-    bus = xenbus.Backend(device.store, device.name, device.backend_path, device.frontend_path)
+    bus = xenbus.Backend(device.store, device.name, device.backend_path, device.frontend_path, reconfigures=True)
     async with bus:
         follower = device.loop.create_task(follow())
         follower.add_done_callback(lambda task: _lost(task, bus.fail))
@@ -147,6 +154,11 @@ async def run(device: VifDevice) -> None:
                             await connect(await published(), again=False)
                             await bus.switch(XenbusState.CONNECTED)
                         except (GuestError, TimeoutError) as error:
+                            bus.fail(error)
+                    case Step.RECONFIGURE:
+                        try:
+                            await reconfigure()
+                        except GuestError as error:
                             bus.fail(error)
                     case Step.CLOSE:
                         await bus.switch(XenbusState.CLOSING)

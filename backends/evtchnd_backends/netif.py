@@ -12,6 +12,11 @@ from typing import Any
 from evtchnd.errors import GuestError
 from evtchnd_backends.nodes import number
 
+# Linux' netfront asks for 256 (XDP_PACKET_HEADROOM) or none. netif.h allows 0x7fff, which no page has.
+MOST_HEADROOM = 2048
+# With more than this a packet of 64 KiB does not fit 18 pages: it is segmented before.
+MOST_HEADROOM_GSO = 256
+
 
 @dataclass(frozen=True)
 class Queue:
@@ -31,6 +36,7 @@ class Rings:
     gso4, gso6     and unsegmented
     sg             and in several pages
     rx_notify      it kicks when it has posted pages; else the ring has to be looked at
+    xdp_headroom   bytes that it wants free in front of what is in a page
     """
 
     queues: tuple[Queue, ...]
@@ -41,6 +47,7 @@ class Rings:
     gso4: bool = False
     gso6: bool = False
     rx_notify: bool = False
+    xdp_headroom: int = 0
 
     def __str__(self) -> str:
         ports = ", ".join(
@@ -75,6 +82,7 @@ def features(*, mtu: int, carrier: bool, max_queues: int, ctrl: bool) -> dict[st
         "feature-multicast-control": 1,
         "feature-dynamic-multicast-control": 1,
         "feature-split-event-channels": 1,
+        "feature-xdp-headroom": 1,
         "multi-queue-max-queues": max_queues,
         "mtu": mtu,
         "carrier": int(carrier),
@@ -95,6 +103,7 @@ SHARED_NODES = (
     "feature-ipv6-csum-offload",
     "ctrl-ring-ref",
     "event-channel-ctrl",
+    "xdp-headroom",
 )
 """The frontend's nodes that hold for every queue."""
 
@@ -132,7 +141,16 @@ def frontend_rings(nodes: Mapping[str, str], *, max_queues: int) -> Rings:
         gso4=_flag(nodes, "feature-gso-tcpv4"),
         gso6=_flag(nodes, "feature-gso-tcpv6"),
         rx_notify=_flag(nodes, "feature-rx-notify"),
+        xdp_headroom=xdp_headroom(nodes),
     )
+
+
+def xdp_headroom(nodes: Mapping[str, str]) -> int:
+    """Of the frontend's node, 0 without it. GuestError: more than MOST_HEADROOM."""
+    value = number(nodes, "xdp-headroom") if "xdp-headroom" in nodes else 0
+    if value > MOST_HEADROOM:
+        raise GuestError(f"xdp-headroom: {value} bytes of a page, {MOST_HEADROOM} are possible")
+    return value
 
 
 def _queue(nodes: Mapping[str, str], folder: str) -> Queue:

@@ -1,7 +1,8 @@
 """One queue of a vif: a transmit and a receive ring, one or two event channels, one queue of the TAP.
 
 Both directions are stepped straight from what woke them: a kick or a poll that hit for what the guest sends, the loop's
-reader of the TAP for what it receives. Nothing is in flight between two steps.
+reader of the TAP, or a poll of it, for what it receives. Nothing is in flight between two steps. What the guest sends
+makes the other direction be polled, too, so that an answer is read without a turn of the loop.
 
 A guest that posts no pages stops its receive ring: the TAP is not read any more (its reader is taken out, so that it
 does not spin), the ring is armed and the guest's kick goes on with it; one that does not kick (no feature-rx-notify) is
@@ -29,7 +30,7 @@ from .tap import GONE
 if TYPE_CHECKING:
     from .vif import Vif
 
-# Packets before the other direction, and the guest, hear of it: a quarter of a ring, 64 packets of 64 KiB are 4 MiB.
+# Slots before the other direction, and the guest, hear of it: a quarter of a ring. It refills that meanwhile.
 BATCH = 64
 # Linux' netback looks as often at a frontend that does not kick (its drain timeout then).
 LOOK_S = 0.03
@@ -72,9 +73,8 @@ class Queue:
         gso = rings.sg and rings.csum4 and rings.csum6 and (rings.gso4 or rings.gso6)
         tx, rx = self._pages
         self.tx = TxRing(device.grants, tx, answers.tx, again=again)
-        self.rx = RxRing(
-            device.grants, rx, answers.rx, again=again, most_bytes=self.frame(gso), gso=gso, sg=rings.sg
-        )
+        self.rx = RxRing(device.grants, rx, answers.rx, again=again, most_bytes=self.frame(gso), gso=gso, sg=rings.sg)
+        self.rx.headroom = rings.xdp_headroom
         self._mapped = True
         self.tx.multicast = self._vif.multicast
         self.tx.queue = self.rx.queue = self.number
@@ -118,30 +118,31 @@ class Queue:
         """The pump: no wait but the one for work."""
         again = True  # an earlier worker may have died between its push and its notification
         while True:
-            due = send and self._send()
-            if receive:
-                due = self._receive() or due
-                if self.rx.logs is not None:
-                    self._vif.captures.flush()
-            if due or again:
+            if again:
                 channel.notify()
                 again = False
+            if send:
+                self._send()
+            if receive:
+                self._receive()
+            else:
+                self.channels[-1].step()  # for the answer, which is looked for from now on
             await channel.kicked()
 
     # ---- guest to TAP
 
-    def _send(self) -> bool:
-        """One batch, or two: what has come meanwhile. True: notify."""
+    def _send(self) -> None:
+        """One batch, or some: what has come meanwhile."""
         tx, vif = self.tx, self._vif
         if self._out_of_credit is not None or self._writing >= 0:
-            return False
-        due = False
+            return
         for _ in range(4):
             tx.credit = vif.rate.left()
             fd = vif.fd(self.number)
             tx.run(fd, BATCH)
             vif.rate.spent(tx.credit)
-            due = tx.push() or due
+            if tx.push():
+                self.channels[0].notify()
             if tx.logs is not None:
                 vif.captures.flush()
             if tx.tap_error:
@@ -157,7 +158,6 @@ class Queue:
                 break
             if not tx.pending():
                 break
-        return due
 
     def go_on(self) -> None:
         """There is credit again, or another limit."""
@@ -186,7 +186,11 @@ class Queue:
         fd = self._vif.fd(self.number)
         if fd >= 0 and not self.starved and self._pumps:
             self._reading = fd
-            self._loop.add_reader(fd, self.channels[-1].step)
+            self._loop.add_reader(fd, self._readable)
+
+    def _readable(self) -> None:
+        self._device.poller.woken()
+        self.channels[-1].step()
 
     def silence(self) -> None:
         """Hears of them no more. Before the descriptor is closed."""
@@ -200,23 +204,26 @@ class Queue:
             self._retry.cancel()
             self._retry = None
 
-    def _receive(self) -> bool:
-        """One batch. True: notify."""
+    def _receive(self) -> None:
+        """One batch."""
         rx = self.rx
         fd = self._vif.fd(self.number)
         if fd < 0 or (self._reading < 0 and not self.starved):
-            return False
-        before = rx.slots
+            return
+        before = rx.posted.used
         rx.run(fd, BATCH)
         if rx.stopped == STEER:
             self._steer(fd)
         if rx.stopped == NO_SLOTS:
-            self._starve(moved=rx.slots != before)
+            self._starve(moved=rx.posted.used != before)
         elif self.starved:
             self._feed()
         if rx.stopped == TAP_ERROR:
             self._tap_error(rx.tap_error)
-        return rx.push()
+        if rx.push():
+            self.channels[-1].notify()
+        if rx.logs is not None:
+            self._vif.captures.flush()
 
     def _steer(self, fd: int) -> None:
         """The guest has a say in which queue gets what: packets are read one by one, and some go to others."""
@@ -295,7 +302,10 @@ class Queue:
         self.read()
 
     def _rx_pending(self) -> bool:
-        return self.starved and self.rx.pending()
+        """Pages, when they were missed; else a packet."""
+        if self.starved:
+            return self.rx.pending()
+        return self._reading >= 0 and self.rx.waits(self._reading)
 
     def _rx_arm(self) -> bool:
         return self.starved and self.rx.arm()
@@ -325,11 +335,11 @@ class Queue:
             "tx_dropped_refused": tx.refused,
             "rx_packets": rx.packets,
             "rx_bytes": rx.bytes,
-            "rx_slots": rx.slots,
+            "rx_slots": rx.posted.used,
             "rx_dropped_long": rx.too_long,
             "rx_dropped_multicast": rx.unwanted,
             "rx_dropped_expired": rx.expired + self._flushed,
-            "rx_bad_grants": rx.bad_grants,
+            "rx_bad_grants": rx.posted.bad_grants,
             "rx_moved": rx.moved,
             "rx_waited": rx.waited,
             "rx_completed": rx.completed,

@@ -8,6 +8,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from evtchnd.channel import Channel
 from evtchnd.errors import GuestError, HostError
@@ -98,7 +99,8 @@ class Vif:
         """The TAP for these rings. What came for an earlier connection, with other offloads, is dropped."""
         rings, tap = self.rings, self.tap
         tap.use(len(rings.queues))
-        tap.offload(csum4=rings.csum4, csum6=rings.csum6, gso4=rings.sg and rings.gso4, gso6=rings.sg and rings.gso6)
+        gso = rings.sg and rings.xdp_headroom <= netif.MOST_HEADROOM_GSO
+        tap.offload(csum4=rings.csum4, csum6=rings.csum6, gso4=gso and rings.gso4, gso6=gso and rings.gso6)
         if fresh:
             for queue in self._queues:
                 tap.flush(queue.number)
@@ -191,8 +193,8 @@ class Vif:
     def _spread(self) -> None:
         """Every ring hashes as the guest has asked."""
         for queue in self._queues:
-            queue.rx.set_key(self._hashing.key)
-            queue.rx.hashing = self._hashing.active
+            queue.rx.hasher.set_key(self._hashing.key)
+            queue.rx.hasher.kinds = self._hashing.active
 
     def _captured(self) -> None:
         """Every ring writes for those who look now."""
@@ -205,6 +207,15 @@ class Vif:
         """Multicast that the guest has not joined is dropped, or not."""
         for queue in self._queues:
             queue.rx.groups = self.groups if on else None
+
+    def headroom(self, size: int) -> None:
+        """What comes from now on leaves so many bytes free at the start of each page."""
+        self.rings = replace(self.rings, xdp_headroom=size)
+        for queue in self._queues:
+            queue.rx.headroom = size
+        if not self._gone:
+            self._set_up(fresh=False)
+        self._report()
 
     def change(self) -> None:
         """The device's `vif` is another one: rate, carrier, mtu."""

@@ -39,7 +39,7 @@ cdef class TxRing:
     @cython.locals(start=uint32_t, total=int, used=int, extras=int, gso_type=int, gso_size=int, member=int, more=int, kind=int, drop=int, parts=int, rest=int, at=Py_ssize_t, size=int)
     cdef Py_ssize_t packet(self, int fd, Py_ssize_t waiting) except -1
     cdef int slot(self, int number, uint32_t index) except -1
-    @cython.locals(head=Mem, iov=Mem, filled=int, vectors=int, held=int, status=int, at=Py_ssize_t, size=int, part=int, address=uint64_t, got=Py_ssize_t, i=int)
+    @cython.locals(head=Mem, iov=Mem, filled=int, vectors=int, held=int, status=int, at=Py_ssize_t, size=int, part=int, address=uint64_t, end=uint64_t, got=Py_ssize_t, i=int)
     cdef Py_ssize_t send(self, int fd, int parts, int extras, int total, int gso_type, int gso_size) except -1
     @cython.locals(i=int)
     cdef Py_ssize_t write(self, int fd, int vectors) except? -4095

@@ -167,7 +167,7 @@ class TxRing:
         return waiting
 
     def run(self, fd: int, most: int) -> int:
-        """Send at most `most` packets to the TAP `fd` (-1: there is none, all are dropped); how many were taken.
+        """Send packets to the TAP `fd` (-1: there is none, all are dropped), until `most` slots; how many packets.
 
         GuestError: what no driver does; stop the vif.
         """
@@ -176,11 +176,12 @@ class TxRing:
         self.stopped = 0
         waiting = self.available()
         done = 0
-        while waiting > 0 and done < most:
+        while waiting > 0 and most > 0:
             got = self.packet(fd, waiting)
             if got == 0:
                 break
             waiting -= got
+            most -= got
             done += 1
         return done
 
@@ -265,6 +266,7 @@ class TxRing:
         iov = self.iov
         filled = 0
         vectors = 1
+        end = 0
         held = 0
         status = 0
         try:
@@ -284,9 +286,14 @@ class TxRing:
                                 head.view[12 + filled : 12 + filled + part] = view
                         filled += part
                     if size > part:
-                        put64(iov.p, 16 * vectors, address + part)
-                        put64(iov.p, 16 * vectors + 8, size - part)
-                        vectors += 1
+                        if cython.compiled and vectors > 1 and address + part == end:
+                            # neighbours are one vector: the kernel then copies to whole pages, which is twice as fast
+                            put64(iov.p, 16 * vectors - 8, get64(iov.p, 16 * vectors - 8) + size - part)
+                        else:
+                            put64(iov.p, 16 * vectors, address + part)
+                            put64(iov.p, 16 * vectors + 8, size - part)
+                            vectors += 1
+                        end = address + size
                 held += 1
         except GuestError as error:
             self.no_grant += 1
@@ -461,7 +468,7 @@ class TxRing:
         return 0
 
     def push(self) -> bool:
-        """Put the answers into the ring and publish them (the order is answers.py's); True: the guest wants to be notified."""
+        """Publish the answers, in the order of answers.py; True: the guest wants to be notified."""
         if self.closed:
             raise ValueError("the ring is closed")
         new = self.rsp_prod

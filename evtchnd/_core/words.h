@@ -7,6 +7,7 @@
 #endif
 #include <Python.h>
 #include <errno.h>
+#include <poll.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -59,5 +60,11 @@ static inline long long ev_pwritev(int fd, uint64_t iov, int count, long long of
 {
     ssize_t n = pwritev2(fd, (const struct iovec *)(uintptr_t)iov, count, (off_t)offset, flags);
     return n < 0 ? -(long long)errno : (long long)n;
+}
+/* Whether a read would not find nothing: data, or an error. */
+static inline int ev_readable(int fd)
+{
+    struct pollfd p = { fd, POLLIN, 0 };
+    return poll(&p, 1, 0) > 0;
 }
 #endif

@@ -22,6 +22,7 @@ cdef extern from "words.h" nogil:
     void copy "ev_copy" (char *to, Py_ssize_t to_off, const char *source, Py_ssize_t source_off, Py_ssize_t n)
     long long sys_preadv "ev_preadv" (int fd, uint64_t iov, int count, long long offset, int flags)
     long long sys_pwritev "ev_pwritev" (int fd, uint64_t iov, int count, long long offset, int flags)
+    bint sys_readable "ev_readable" (int fd)
 
 
 cdef extern from "words.h":

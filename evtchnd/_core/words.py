@@ -26,6 +26,7 @@ COMPILED: bool = bool(cython.compiled)
 if not cython.compiled:
     import ctypes
     import os
+    import select
     import sys
 
     if sys.byteorder != "little":
@@ -138,6 +139,12 @@ if not cython.compiled:
             return os.pwritev(fd, views, offset, flags)
         except OSError as error:
             return -(error.errno or 5)
+
+    def sys_readable(fd: int) -> bool:
+        """Whether a read would not find nothing: data, or an error."""
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(0))
 
 
 NO_LIBATOMIC = (

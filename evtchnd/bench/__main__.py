@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from evtchnd.bench import blk, guest, report, wakeup, xenstore
+from evtchnd.bench import blk, guest, net, report, wakeup, xenstore
 from evtchnd.errors import EvtchndError
 
 
@@ -18,12 +18,15 @@ def parser() -> argparse.ArgumentParser:
     wakeup.add_arguments(waking)
     store = commands.add_parser("xenstore", help="XenStore's requests, beside an echo server on the same loop")
     xenstore.add_arguments(store)
+    network = commands.add_parser("net", help="packets of a soft guest's vif, beside a C program on such a TAP")
+    net.add_arguments(network)
     real = commands.add_parser("guest", help="fio in a real guest in the lab, beside QEMU's own Xen backends")
     guest.add_arguments(real)
     for command, run in (
         (block, blk.run),
         (waking, wakeup.run),
         (store, xenstore.run),
+        (network, net.run),
         (real, guest.run),
     ):
         command.set_defaults(run=run)

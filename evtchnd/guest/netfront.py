@@ -98,6 +98,15 @@ class Netfront:
                 nodes |= {f"queue-{index}/{name}": value for name, value in queue.nodes().items()}
         return {**nodes, **self._further}
 
+    def xdp(self, headroom: int) -> None:
+        """Wants so many bytes free in front of each page's data, as Linux does for an XDP program; 0: none any more."""
+        self.bus.switch(XenbusState.RECONFIGURING, {"xdp-headroom": str(headroom)})
+        states = XenbusState.RECONFIGURED, XenbusState.CLOSING, XenbusState.CLOSED
+        if self.bus.wait_backend(*states) != XenbusState.RECONFIGURED:
+            raise GuestFault(f"vif {self.devid}: the backend closed instead of taking {headroom} bytes of headroom")
+        self.bus.switch(XenbusState.CONNECTED)
+        self.bus.wait_backend(XenbusState.CONNECTED)
+
     def disconnect(self) -> None:
         """Closes: 5, 6 on both ends; pages, grants and ports are free again."""
         self.bus.switch(XenbusState.CLOSING)

@@ -68,22 +68,22 @@ class Queue:
         self.keep = False
         self.sent = self.tx_errors = self.received = self.kicks = 0
         self._timeout = timeout
-        self._gfns = [domain.alloc(1), domain.alloc(1)]
-        self._views = [domain.vm.ram.view(gfn) for gfn in self._gfns]
+        self.ring_gfns = [domain.alloc(1), domain.alloc(1)]
+        self._views = [domain.vm.ram.view(gfn) for gfn in self.ring_gfns]
         for view in self._views:
             view[:] = bytes(PAGE_SIZE)
         self.tx = FrontRing(self._views[:1], _TX)
         self.rx = FrontRing(self._views[1:], _RX)
-        self.grefs = [domain.grant(gfn, domid=backend_domid) for gfn in self._gfns]
+        self.grefs = [domain.grant(gfn, domid=backend_domid) for gfn in self.ring_gfns]
         self.ports = [domain.vm.alloc_unbound(backend_domid) for _ in range(2 if split else 1)]
-        self._tx_gfn = domain.alloc(ENTRIES)
-        self._rx_gfn = domain.alloc(ENTRIES)
-        self.tx_views = [domain.vm.ram.view(self._tx_gfn + index) for index in range(ENTRIES)]
-        self.rx_views = [domain.vm.ram.view(self._rx_gfn + index) for index in range(ENTRIES)]
+        self.tx_gfn = domain.alloc(ENTRIES)
+        self.rx_gfn = domain.alloc(ENTRIES)
+        self.tx_views = [domain.vm.ram.view(self.tx_gfn + index) for index in range(ENTRIES)]
+        self.rx_views = [domain.vm.ram.view(self.rx_gfn + index) for index in range(ENTRIES)]
         self.tx_grefs = [
-            domain.grant(self._tx_gfn + index, domid=backend_domid, readonly=True) for index in range(ENTRIES)
+            domain.grant(self.tx_gfn + index, domid=backend_domid, readonly=True) for index in range(ENTRIES)
         ]
-        self.rx_grefs = [domain.grant(self._rx_gfn + index, domid=backend_domid) for index in range(ENTRIES)]
+        self.rx_grefs = [domain.grant(self.rx_gfn + index, domid=backend_domid) for index in range(ENTRIES)]
         self.free = list(range(ENTRIES))[::-1]
         self._expected: list[int] = []  # the page of each request in the ring, -1: an extra
         self._first: int | None = None
@@ -104,7 +104,7 @@ class Queue:
             view.release()
         for gref in (*self.grefs, *self.tx_grefs, *self.rx_grefs):
             self.domain.end_grant(gref)
-        for gfn, pages in ((self._tx_gfn, ENTRIES), (self._rx_gfn, ENTRIES), *((gfn, 1) for gfn in self._gfns)):
+        for gfn, pages in ((self.tx_gfn, ENTRIES), (self.rx_gfn, ENTRIES), *((gfn, 1) for gfn in self.ring_gfns)):
             self.domain.free(gfn, pages)
         for port in self.ports:
             self.domain.vm.close_port(port)
