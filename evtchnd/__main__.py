@@ -34,6 +34,8 @@ log = logging.getLogger("evtchnd")
 _BARRIER_S = 5.0
 # XenStore's log in the descriptor store
 STATE = "xenstore"
+# What descriptors of TAPs are called there: tap-NAME (no name has a colon: LISTEN_FDNAMES)
+TAP = "tap-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +82,10 @@ async def _serve(
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
-    listening = Listening(config, {name: fds for name, fds in passed.items() if name != STATE})
-    daemon = Daemon(config, zygote=zygote, listening=listening.sockets, log_of_store=state)
+    taps = {name.removeprefix(TAP): fds for name, fds in passed.items() if name.startswith(TAP)}
+    others = {name: fds for name, fds in passed.items() if name != STATE and not name.startswith(TAP)}
+    listening = Listening(config, others)
+    daemon = Daemon(config, zygote=zygote, listening=listening.sockets, log_of_store=state, taps=taps)
     operator = Operator(daemon, config.limits, listening.sockets["control"])
     watchdog = asyncio.create_task(_watchdog(notifier, period))
     try:

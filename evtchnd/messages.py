@@ -25,6 +25,7 @@ MAX_GRANT_FRAMES = 64  # Xen's gnttab_max_frames
 MAX_PORTS = EVTCHN_2L_PORTS_64  # 2-level ABI, 64-bit guest
 MAX_VCPUS = 4096  # CPUID and ACPI end below; the daemon keeps nothing a vCPU
 MAX_REASON = 1024
+MAX_QUEUES = 64  # of a vif: more than a guest of any size asks for
 MAX_GFN = 1 << (52 - PAGE_SHIFT)  # 52 physical address bits, the most that x86 has
 MAX_OFFSET = 1 << 63  # off_t
 ALL_PORTS = 0xFFFFFFFF  # PortClosed.port
@@ -51,6 +52,8 @@ class Type(IntEnum):
     RELEASE = 16
     PING = 17
     CONSOLE = 18
+    VIF = 19
+    VIF_REMOVE = 20
     BIND_PORTS = 32
     UNBIND_PORTS = 33
 
@@ -68,6 +71,7 @@ class Feature(IntFlag):
     RESUME = 1  # daemon: serves RESUME
     DISK = 2  # daemon: serves DISK and DISK_REMOVE
     CONSOLE = 4  # daemon: serves CONSOLE
+    VIF = 8  # daemon: serves VIF and VIF_REMOVE
 
 
 class Kind(IntEnum):
@@ -371,6 +375,40 @@ class DiskRemove(Message):
 
     devid: int
     type: ClassVar[Type] = Type.DISK_REMOVE
+    layout: ClassVar[struct.Struct] = struct.Struct("<I4x")
+
+
+@dataclass(frozen=True, slots=True)
+class Vif(Message):
+    """A network interface: struct { uint32_t devid, queues; uint8_t mac[6]; uint16_t mtu; }, a descriptor a queue.
+
+    mac: 6 bytes, the guest's; mtu: 0: the TAP's
+    """
+
+    devid: int
+    queues: int
+    mac: bytes
+    mtu: int = 0
+    type: ClassVar[Type] = Type.VIF
+    layout: ClassVar[struct.Struct] = struct.Struct("<II6sH")
+
+    def __post_init__(self) -> None:
+        check(self.devid < 1 << 16, f"vif {self.devid}: not below 65536")
+        check(0 < self.queues <= MAX_QUEUES, f"vif {self.devid}: {self.queues} queues, 1 to {MAX_QUEUES} are served")
+        check(len(self.mac) == 6 and not self.mac[0] & 1 and any(self.mac), f"vif {self.devid}: no MAC address")
+        check(self.mtu == 0 or 68 <= self.mtu <= 65521, f"vif {self.devid}: mtu {self.mtu} is not in 68..65521")
+
+    @property
+    def nfds(self) -> int:
+        return self.queues
+
+
+@dataclass(frozen=True, slots=True)
+class VifRemove(Message):
+    """struct { uint32_t devid, pad; }: replied when the interface is gone."""
+
+    devid: int
+    type: ClassVar[Type] = Type.VIF_REMOVE
     layout: ClassVar[struct.Struct] = struct.Struct("<I4x")
 
 

@@ -62,6 +62,8 @@ from evtchnd.messages import (
     Start,
     Type,
     UnbindPorts,
+    Vif,
+    VifRemove,
     XenStore,
     check,
 )
@@ -156,6 +158,8 @@ MESSAGES: Mapping[Type, Spec] = {
     Type.RELEASE: Spec(Release, True, _OURS),
     Type.PING: Spec(Ping, True, _ANY, daemon=True),
     Type.CONSOLE: Spec(Console, True, _SETUP),
+    Type.VIF: Spec(Vif, True, _OURS),
+    Type.VIF_REMOVE: Spec(VifRemove, True, _OURS),
     Type.BIND_PORTS: Spec(BindPorts, False, _OURS, daemon=True, reply=BindPortsReply),
     Type.UNBIND_PORTS: Spec(UnbindPorts, False, _OURS, daemon=True),
 }
@@ -303,6 +307,8 @@ __all__ = [
     "TableEntry",
     "Type",
     "UnbindPorts",
+    "Vif",
+    "VifRemove",
     "VERSION",
     "WireError",
     "XenStore",

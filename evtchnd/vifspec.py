@@ -4,7 +4,8 @@
     vif-bridge (the default)     a port of `bridge=` (xenbr0)
     vif-route                    no bridge; the host has a route to each address of `ip=`
     none                         neither: somebody else wires it
-With vif-bridge, `ip=` is told to XenStore and filters nothing.
+With the others `ip=` is told to XenStore and does nothing more: nothing is filtered, as with xl's vif-bridge where the
+host's firewall lets a bridge forward. Nothing else of vif-route's script is done either (proxy ARP, iptables).
 
 Three keys are evtchnd's own, xl does not know them:
     netns=NAME                   network namespace of the host's end and its bridge: below /run/netns, or a path
@@ -88,6 +89,15 @@ class VifSpec:
         words += [f"address={' '.join(map(str, self.address))}"] if self.address else []
         words += [f"queues={self.queues}"] if self.queues else []
         return ",".join(words)
+
+    @property
+    def idle(self) -> str:
+        """One line about what was said and has no effect; "" where there is nothing of it."""
+        if self.ip and self.wiring != "vif-route":
+            return (
+                f"ip={' '.join(self.ip)} is told to XenStore and filters nothing (script=vif-route makes routes of it)"
+            )
+        return ""
 
     def name(self, domid: int, devid: int) -> str:
         """Of the host's end."""

@@ -28,7 +28,7 @@ def open_fds() -> int:
 
 def agree(daemon: Daemon, question: transport.Question, fds: list[int]) -> p.Body | None:
     if isinstance(question.message, p.Hello):
-        return p.HelloReply(features=question.message.features & 7)
+        return p.HelloReply(features=question.message.features & 15)
     return p.Ack(question.message.type)
 
 
@@ -167,13 +167,15 @@ def test_a_domains_life(start: Start) -> None:
     client.grant_frame_remove(1)
     client.disk(51712, "xvda", ram, readonly=True)
     client.disk_remove(51712)
+    client.vif(0, b"\0\x16\x3e\0\0\7", [ram, ram], mtu=9000)
+    client.vif_remove(0)
     client.port_closed(9)
     client.ping()
     client.release(3)
     os.close(ram)
-    assert client.features == p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE
+    assert client.features == p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE | p.Feature.VIF
     assert daemon.asked == [
-        (p.Hello(1, 7), 0),
+        (p.Hello(1, 15), 0),
         (p.Register(7, 1, 2, 1, b"\7" * 16, "web"), 0),
         (p.TableBegin(1, 2), 0),
         # one memfd, sent once
@@ -191,6 +193,8 @@ def test_a_domains_life(start: Start) -> None:
         (p.GrantFrameRemove(1), 0),
         (p.Disk(51712, 1, "xvda"), 1),
         (p.DiskRemove(51712), 0),
+        (p.Vif(0, 2, b"\0\x16\x3e\0\0\7", 9000), 2),
+        (p.VifRemove(0), 0),
         (p.PortClosed(9), 0),
         (p.Ping(), 0),
         (p.Release(3), 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -365,3 +366,77 @@ async def test_lost_news_is_looked_up(there: Namespace) -> None:
         place._missed()
         await come(lambda: held.owner.again == 1 and held.port.state == "up", "found out")
         assert "master br0" in there.link("vif7.0")
+
+
+async def test_news_that_is_lost_during_the_look_is_looked_up_too(
+    there: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Held(there, "script=none") as held:
+        (place,) = held.network._namespaces.values()
+        place._links._reader.abort()
+        look, looks = place._look_once, []
+
+        async def looking() -> None:
+            looks.append(1)
+            await look()
+            if len(looks) == 1:  # this one is behind us
+                there.ip("link del vif7.0")
+                place._missed()
+
+        monkeypatch.setattr(place, "_look_once", looking)
+        place._missed()
+        await come(lambda: held.owner.again == 1 and held.port.state == "up", "found out")
+        assert len(looks) == 2
+
+
+async def test_one_that_ends_while_it_is_wired_is_not_taken_for_being_there(
+    there: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleted behind the last request, whose answer comes after the news."""
+    ask, deleted = netlink.Netlink.ask, []
+
+    async def late(self: netlink.Netlink, what: str, request: object, *limit: float) -> object:
+        answer = await ask(self, what, request, *limit)  # type: ignore[arg-type, var-annotated]
+        if what.endswith(": up") and not deleted:
+            deleted.append(1)
+            there.ip("link del vif7.0")
+            await asyncio.sleep(0.2)
+        return answer
+
+    monkeypatch.setattr(netlink.Netlink, "ask", late)
+    with pytest.raises(OperatorError, match=r"^vif7\.0: is gone again$"):
+        async with Held(there, "script=none"):
+            pass
+    there.bridge("br0")
+    async with Held(there, "bridge=br0") as held:
+        # the same when it is made anew: tried again
+        deleted.clear()
+        there.ip("link del vif7.0")
+        await come(lambda: deleted and held.owner.again == 1 and held.port.state == "up", "again")
+        assert "master br0" in there.link("vif7.0")
+
+
+async def test_a_name_of_15_bytes_and_a_guests_address_that_begins_with_fe(there: Namespace) -> None:
+    there.bridge("br0")
+    async with Held(there, "bridge=br0", "fifteen-letters"):
+        assert "master br0" in there.link("fifteen-letters")
+    spec = vifspec.parse(f"mac=fe:16:3e:00:00:07,bridge=br0,netns={there.name}")
+    port, network = Port("a vif", "vif7.0", 1, spec, Owner()), Network()
+    fds = await network.open(port)
+    assert "fa:16:3e:00:00:07" in there.link("vif7.0")  # the bridge would take the guest's for its own
+    await network.close(port)
+    transport.close_all(fds)
+
+
+def test_without_a_free_descriptor_one_line_says_so(there: Namespace) -> None:
+    place = tap.open_namespace(there.name)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(place)
+    os.close(free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        with pytest.raises(OperatorError, match=r"^netns: the own one: Too many open files$"):
+            tap.open_tap("vif7.0", 1, place)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(place)

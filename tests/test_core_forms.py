@@ -13,7 +13,18 @@ import pytest
 from evtchnd._core import COMPILED
 
 ROOT = Path(__file__).parents[1]
-SHARED_TESTS = ["words", "memory", "grants", "ring", "stream", "journal", "blk", "answers", "netback_hostile"]
+SHARED_TESTS = [
+    "words",
+    "memory",
+    "grants",
+    "ring",
+    "stream",
+    "journal",
+    "blk",
+    "answers",
+    "netback_hostile",
+    "capture",
+]
 SHARED_TESTS += ["xenstore_tree", "xenstore_store"]
 
 
@@ -45,7 +56,7 @@ def test_the_python_form_passes_the_same_tests() -> None:
 
 
 def test_the_forms_agree_in_every_module() -> None:
-    names = ["words", "frames", "pins", "req", "blk", "nettx", "netrx", "rxslots", "toeplitz", "nodes"]
+    names = ["words", "frames", "pins", "req", "blk", "nettx", "netrx", "rxslots", "toeplitz", "framelog", "nodes"]
     code = f"import importlib; print({{importlib.import_module('evtchnd._core.' + n).COMPILED for n in {names}}})"
     assert python(code).stdout.strip() == f"{{{COMPILED}}}"
     assert python(code, EVTCHND_PURE="1").stdout.strip() == "{False}"

@@ -148,6 +148,25 @@ def test_a_guest_on_a_bridge_from_first_to_last(daemon: Running) -> None:
         assert not workers(daemon)
 
 
+def test_addresses_are_routes_or_told_to_have_no_effect(daemon: Running) -> None:
+    with bridged() as (here, _), soft_guest(daemon) as (domain, store):
+        bridge = ctl(daemon.folder, "network-attach", "7", f"bridge=br0,ip={GUEST},netns={here.name}")
+        warning = f"ip={GUEST} is told to XenStore and filters nothing (script=vif-route makes routes of it)"
+        assert bridge.returncode == 0
+        assert bridge.stderr == f"evtchnctl: {warning}\n"
+        said(daemon, "network-detach", "7", "0")
+        spec = f"mac={MAC},script=vif-route,ip={GUEST},address={FAR}/32,netns={here.name}"
+        routed = ctl(daemon.folder, "network-attach", "7", spec)
+        assert (routed.returncode, routed.stderr) == (0, "")
+        card = Netfront(domain, store)
+        card.connect()
+        with answering(card):
+            here.ping(GUEST, 3)
+        card.disconnect()
+        assert daemon.end() == 0
+        assert f"warning domain 7: vif 0: {warning}\n" in daemon.said
+
+
 def test_a_tap_that_is_deleted_under_traffic(daemon: Running) -> None:
     with bridged() as (here, far), soft_guest(daemon) as (domain, store):
         said(daemon, "network-attach", "7", f"mac={MAC},bridge=br0,netns={here.name}")
@@ -161,9 +180,11 @@ def test_a_tap_that_is_deleted_under_traffic(daemon: Running) -> None:
             until(lambda: vif(daemon)["link"] == "up", "seen")
             until(lambda: "state forwarding" in here.ip("-d link show vif7.0"), "the bridge takes it")
             far.ping(GUEST, 5)
+            first = here.link("vif7.0").partition(":")[0]
             here.ip("link del vif7.0")
-            until(lambda: vif(daemon)["link"] != "up", "seen")
-            until(lambda: vif(daemon)["link"] == "up", "made again")
+            # it may be back before a command has seen that it was gone
+            until(lambda: here.link("vif7.0").partition(":")[0] not in ("", first), "made again")
+            until(lambda: vif(daemon)["link"] == "up", "wired")
             until(lambda: "state forwarding" in here.ip("-d link show vif7.0"), "the bridge takes it")
             far.ping(GUEST, 5)
             # the bridge goes, and comes again
@@ -307,5 +328,8 @@ def test_a_place_is_taken_once(daemon: Running) -> None:
         ]:
             assert ctl(daemon.folder, "network-attach", "7", text).stderr == f"evtchnctl: {reason}\n"
         assert [each["devid"] for each in said(daemon, "network-list", "7")] == [0, 1, 5]
+        assert said(daemon, "network-attach", "7", f"vifname=0,{place}")["devid"] == 2
+        assert said(daemon, "network-set", "7", "0", "--carrier", "up")["vifname"] == "vif7.0"  # a number is a number
+        said(daemon, "network-detach", "7", "2")
         said(daemon, "network-detach", "7", "1")
         assert said(daemon, "network-attach", "7", place)["devid"] == 1

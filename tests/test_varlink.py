@@ -361,7 +361,7 @@ def test_every_struct_is_what_the_interface_says() -> None:
     assert [name for name, _, _ in methods] == [
         *("List", "Info", "BlockAttach", "BlockDetach"),
         *("Console", "ConsoleAttach", "ConsoleDetach", "BlockResize"),
-        *("NetworkAttach", "NetworkDetach", "NetworkSet", "NetworkList"),
+        *("NetworkAttach", "NetworkDetach", "NetworkSet", "NetworkCapture", "NetworkList"),
     ]
     for name, call, reply in methods:
         wanted = getattr(operator, f"{name}Call", varlink.NoParameters)

@@ -144,3 +144,11 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         assert str(exc).isprintable() or "control character" in str(exc)
     else:
         assert parse(str(spec)) == spec
+
+
+def test_addresses_that_do_nothing_are_said() -> None:
+    assert parse("ip=10.0.0.7 fd00::7").idle == (
+        "ip=10.0.0.7 fd00::7 is told to XenStore and filters nothing (script=vif-route makes routes of it)"
+    )
+    assert parse("script=none,ip=10.0.0.7").idle != ""
+    assert parse("script=vif-route,ip=10.0.0.7").idle == parse("bridge=br0").idle == ""

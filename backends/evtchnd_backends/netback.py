@@ -19,6 +19,7 @@ from evtchnd.worker.device import VifDevice
 from evtchnd.xenbus import Step
 
 from . import netif
+from .capture import Captures
 from .vif import Vif, check
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ async def run(device: VifDevice) -> None:
     """
     vif: Vif | None = None
     totals: Counter[str] = Counter()
+    captures = Captures(device)
     tap = check(device, device.taps)
     if device.connected is None:
         tap.carrier(on=False)  # else it is up: a worker that is replaced shall not be seen
@@ -44,11 +46,12 @@ async def run(device: VifDevice) -> None:
         if vif is not None:
             now.update(vif.counters())
             now.update(vif.gauges())
+        now.update(captures.stats())
         return now
 
     async def connect(rings: netif.Rings, *, again: bool) -> None:
         nonlocal vif
-        new = Vif(device, tap, rings, lines)
+        new = Vif(device, tap, rings, lines, captures)
         await new.open(bus.fail, again=again)
         vif = new
         await filtering()
@@ -128,6 +131,7 @@ async def run(device: VifDevice) -> None:
     device.stats = stats
     device.change = change
     device.retap = retap
+    device.capture = captures.accept
     bus = xenbus.Backend(device.store, device.name, device.backend_path, device.frontend_path, reconfigures=True)
     async with bus:
         follower = device.loop.create_task(follow())
@@ -169,6 +173,7 @@ async def run(device: VifDevice) -> None:
             follower.cancel()
             if vif is not None:
                 await vif.close(final=True)
+            await captures.close()
 
 
 def features(device: VifDevice) -> dict[str, str]:

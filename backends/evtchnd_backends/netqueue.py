@@ -77,6 +77,7 @@ class Queue:
         self.rx.headroom = rings.xdp_headroom
         self._mapped = True
         self.tx.multicast = self._vif.multicast
+        self.tx.queue = self.rx.queue = self.number
 
     def frame(self, gso: bool) -> int:
         """The longest frame that the TAP has for the guest."""
@@ -142,6 +143,8 @@ class Queue:
             vif.rate.spent(tx.credit)
             if tx.push():
                 self.channels[0].notify()
+            if tx.logs is not None:
+                vif.captures.flush()
             if tx.tap_error:
                 if fd >= 0:
                     vif.tap_failed(tx.tap_error)
@@ -219,6 +222,8 @@ class Queue:
             self._tap_error(rx.tap_error)
         if rx.push():
             self.channels[-1].notify()
+        if rx.logs is not None:
+            self._vif.captures.flush()
 
     def _steer(self, fd: int) -> None:
         """The guest has a say in which queue gets what: packets are read one by one, and some go to others."""
@@ -242,6 +247,8 @@ class Queue:
         if self.rx.settle():
             if self.rx.push():
                 self.channels[-1].notify()
+            if self.rx.logs is not None:
+                self._vif.captures.flush()
         else:
             self._loop.call_soon(self.channels[-1].step)
 

@@ -19,6 +19,7 @@ from evtchnd.seldom import Seldom
 from evtchnd.worker.device import VifDevice
 
 from . import netif
+from .capture import Captures
 from .hashing import Hashing
 from .netqueue import Queue
 from .rate import Rate
@@ -38,8 +39,9 @@ class Vif:
     tap: the TAP, another one after `retap`; no packet goes in or out while `fd` is -1
     """
 
-    def __init__(self, device: VifDevice, tap: Tap, rings: netif.Rings, lines: Seldom) -> None:
+    def __init__(self, device: VifDevice, tap: Tap, rings: netif.Rings, lines: Seldom, captures: Captures) -> None:
         self.tap = tap
+        self.captures = captures
         self.rings = rings
         self.rate = Rate(device.vif.rate)
         self.groups: set[bytes] = set()
@@ -82,6 +84,8 @@ class Vif:
             self._report()
             self._set_up(fresh=not again)
             self._spread()
+            self.captures.changed = self._captured
+            self._captured()
             if self._ctrl is not None:
                 self._ctrl_channel = bound[-1]
                 self._listen(self._ctrl, bound[-1], failed)
@@ -192,6 +196,11 @@ class Vif:
             queue.rx.hasher.set_key(self._hashing.key)
             queue.rx.hasher.kinds = self._hashing.active
 
+    def _captured(self) -> None:
+        """Every ring writes for those who look now."""
+        for queue in self._queues:
+            queue.tx.logs = queue.rx.logs = self.captures.logs
+
     # ---- changes
 
     def filter(self, *, on: bool) -> None:
@@ -259,6 +268,7 @@ class Vif:
 
         final: the device or the worker ends; the next worker finds the carrier as it is.
         """
+        self.captures.forget()
         for queue in self._queues:
             queue.stop()
         if self._ctrl_pump is not None:

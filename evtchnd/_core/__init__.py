@@ -4,7 +4,8 @@ One source: the modules here are Cython's pure-Python mode. setup.py compiles th
 run as they are, about five times slower. `EVTCHND_PURE=1` takes the Python form although the compiled one is there.
 
 words: Mem, Area (raw words) | frames: guest frame -> address | pins: grants | req, blk: blkif batches
-nettx, netrx: netif packets, each with one writev or readv of a TAP | toeplitz: a packet's hash
+nettx, netrx: netif packets, each with one writev or readv of a TAP | toeplitz: a packet's hash | framelog: copies of
+them for a capture
 nodes: XenStore's nodes and the map that holds them
 """
 
@@ -36,9 +37,10 @@ if os.environ.get("EVTCHND_PURE", "0") not in ("", "0"):
     sys.meta_path.insert(0, _SourceOnly)
 
 from evtchnd._core.blk import BlkRing  # noqa: E402
+from evtchnd._core.framelog import FrameLog  # noqa: E402
 from evtchnd._core.netrx import RxRing  # noqa: E402
 from evtchnd._core.nettx import TxRing  # noqa: E402
 from evtchnd._core.req import Req  # noqa: E402
 from evtchnd._core.words import COMPILED, Area, Mem, full_fence  # noqa: E402
 
-__all__ = ["COMPILED", "Area", "BlkRing", "Mem", "Req", "RxRing", "TxRing", "full_fence"]
+__all__ = ["COMPILED", "Area", "BlkRing", "FrameLog", "Mem", "Req", "RxRing", "TxRing", "full_fence"]

@@ -1,5 +1,6 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 cimport cython
+from evtchnd._core.framelog cimport FrameLog
 from evtchnd._core.rxslots cimport RxSlots
 from evtchnd._core.toeplitz cimport Toeplitz
 from evtchnd._core.words cimport (
@@ -13,6 +14,8 @@ cdef class RxRing:
     cdef public bint gso, sg
     cdef public int headroom
     cdef public object groups
+    cdef public object logs
+    cdef public int queue
     cdef readonly Toeplitz hasher
     cdef readonly uint32_t hash_value
     cdef readonly int hash_type
@@ -53,6 +56,8 @@ cdef class RxRing:
     cdef int wanted(self, uint64_t start) except -1
     @cython.locals(flags=int, each=int, left=int, part=int, i=int, kind=int)
     cdef int finish(self, int length, int parts, int extras) except -1
+    @cython.locals(mark=int, each=int, left=int, part=int, i=int, index=uint32_t, log=FrameLog)
+    cdef int log(self, int flags, int length, int extras) except -1
     @cython.locals(p=cython.p_char, start=int, kind=int, proto=int, at=int)
     cdef int plain(self) except -1
     cdef int peek(self, int at, int n) except -1

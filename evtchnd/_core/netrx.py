@@ -33,6 +33,7 @@ if not cython.compiled:
     from evtchnd._core.words import copy, get8, get16, get64, put8, put64, sys_preadv, sys_readable, u32
 
 if TYPE_CHECKING:
+    from evtchnd._core.framelog import FrameLog
     from evtchnd._core.pins import Pins
 
 COMPILED: bool = bool(cython.compiled)
@@ -63,6 +64,7 @@ class RxRing:
     (checksums that had to be computed here)
     groups: None, or a set of the multicast addresses (bytes) that the guest wants
     held: bytes of the packet that waits, 0: none
+    logs: FrameLogs that get a copy of each frame that is delivered, as frames of `queue`; None: nobody looks
     hasher: while it has `kinds`, each packet is read aside and hashed
     hash_value, hash_type: of the packet that waits; type 0 to 3 (_XEN_NETIF_CTRL_HASH_TYPE_*), -1: it has none
     """
@@ -89,6 +91,8 @@ class RxRing:
         posted: RxSlots
         hash_value: int
         hash_type: int
+        logs: tuple[FrameLog, ...] | None
+        queue: int
 
     def __init__(
         self, grants: Pins, page: Any, answers: Mem, *, again: bool, most_bytes: int, gso: bool, sg: bool = True
@@ -99,6 +103,8 @@ class RxRing:
         self.sg = sg
         self.headroom = 0
         self.groups = None
+        self.logs = None
+        self.queue = 0
         self.hasher = Toeplitz()
         self.hash_value = 0
         self.hash_type = -1
@@ -372,6 +378,8 @@ class RxRing:
             flags = 1
         else:
             flags = 0
+        if self.logs is not None:
+            self.log(flags, length, extras)
         if extras:
             flags |= 8
         each = 4096 - self.headroom
@@ -394,6 +402,29 @@ class RxRing:
                     self.posted.extra(5, 0, self.headroom, 0)
         self.packets += 1
         self.bytes += length
+        return 0
+
+    def log(self, flags: int, length: int, extras: int) -> int:
+        """A frame in the guest's pages, to those who look."""
+        mark = 2
+        if flags & 2:
+            mark |= 0x200
+        elif flags & 1:
+            mark |= 0x400
+        if self.gso_of():
+            mark |= 0x800
+        each = 4096 - self.headroom
+        for log in self.logs or ():
+            if log.begin(mark, self.queue, length):
+                left = length
+                i = 0
+                while left > 0:
+                    part = left if left < each else each
+                    index = self.posted.rsp_prod if i == 0 else u32(self.posted.rsp_prod + extras + i)
+                    log.guest(self.posted.address(index) + self.headroom, part)
+                    left -= part
+                    i += 1
+                log.end()
         return 0
 
     def plain(self) -> int:

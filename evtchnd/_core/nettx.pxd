@@ -1,5 +1,6 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 cimport cython
+from evtchnd._core.framelog cimport FrameLog
 from evtchnd._core.pins cimport Pins
 from evtchnd._core.words cimport (
     Area, Mem, copy, fence, get8, get16, get32, get64, ld32, put8, put16, put32, put64, st32, sys_pwritev, u32,
@@ -16,6 +17,8 @@ cdef class TxRing:
     cdef readonly object reason
     cdef readonly uint32_t req_cons, rsp_prod
     cdef public object multicast
+    cdef public object logs
+    cdef public int queue
     cdef readonly Mem head
 
     cdef Pins grants
@@ -40,6 +43,8 @@ cdef class TxRing:
     cdef Py_ssize_t send(self, int fd, int parts, int extras, int total, int gso_type, int gso_size) except -1
     @cython.locals(i=int)
     cdef Py_ssize_t write(self, int fd, int vectors) except? -4095
+    @cython.locals(p=cython.p_char, mark=int, i=int, log=FrameLog)
+    cdef int log(self, int filled, int vectors, int total) except -1
     cdef int failed(self, Py_ssize_t got) except? -4
     @cython.locals(p=cython.p_char, at=Py_ssize_t, end=Py_ssize_t, proto=int, version=int, address=Py_ssize_t, length=int, fragment=int, need=int, offset=int, kind=int)
     cdef int offload(self, int filled, int total, int gso_type, int gso_size) except -1

@@ -45,6 +45,7 @@ if not cython.compiled:
     )
 
 if TYPE_CHECKING:
+    from evtchnd._core.framelog import FrameLog
     from evtchnd._core.pins import Pins
 
 COMPILED: bool = bool(cython.compiled)
@@ -67,6 +68,7 @@ class TxRing:
     credit: bytes that may be sent now; -1: no limit | stopped: 0, NO_CREDIT or TAP_FULL, of the last `run`
     tap_error: errno of the last write that the TAP refused since it was set to 0 (EIO: down, EBADFD: deleted)
     multicast(add, address) -> bool: what an extra of that type asks for; False: refused
+    logs: FrameLogs that get a copy of each frame that was sent, as frames of `queue`; None: nobody looks
     Counters: packets, bytes (frames sent), slots; and packets that were dropped by reason: bad (sizes, slots),
     no_grant, no_header (a checksum or a segmentation was asked for a packet that has none), no_tap, refused (by the
     kernel)
@@ -89,12 +91,16 @@ class TxRing:
         req_cons: int
         rsp_prod: int
         multicast: Callable[[bool, Any], bool] | None
+        logs: tuple[FrameLog, ...] | None
+        queue: int
         head: Mem
 
     def __init__(self, grants: Pins, page: Any, answers: Mem, *, again: bool) -> None:
         self.grants = grants
         self.memory = grants.memory
         self.multicast = None
+        self.logs = None
+        self.queue = 0
         self.closed = False
         self.credit = -1
         self.stopped = self.tap_error = 0
@@ -305,6 +311,8 @@ class TxRing:
             got = self.write(fd, vectors)
             if got < 0:
                 status = self.failed(got)
+            elif self.logs is not None:
+                self.log(12 + filled, vectors, total)
         for i in range(held):
             if get16(self.taken.p, 12 * i + 10):
                 self.grants.unpin_page(get32(self.taken.p, 12 * i), False)
@@ -326,6 +334,22 @@ class TxRing:
         views = [self.head.view[: get64(p, 8)]]
         views += [self.memory.view_at(get64(p, 16 * i), get64(p, 16 * i + 8)) for i in range(1, vectors)]
         return sys_pwritev(fd, views, vectors, -1, 0)
+
+    def log(self, filled: int, vectors: int, total: int) -> int:
+        """What was sent, to those who look. The guest may have changed it since, past its header."""
+        p = self.head.p
+        mark = 1
+        if get8(p, 0) & 1:
+            mark |= 0x200
+        if get8(p, 1):
+            mark |= 0x800
+        for log in self.logs or ():
+            if log.begin(mark, self.queue, total):
+                log.private(p, 12, filled - 12)
+                for i in range(1, vectors):
+                    log.guest(get64(self.iov.p, 16 * i), get64(self.iov.p, 16 * i + 8))
+                log.end()
+        return 0
 
     def failed(self, got: int) -> int:
         """The kernel did not take a packet; -> the status for the guest, 1: try again later."""

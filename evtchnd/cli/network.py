@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from evtchnd import vifspec
+from evtchnd.cli import capture
 from evtchnd.cli.varlink import Client
 
 Asked = argparse.Namespace
@@ -16,6 +18,7 @@ Number = Callable[[Client, str], int]
 Say = Callable[[Asked, Any, str], None]
 Table = Callable[..., None]
 
+_MOST_SNAP = 262144
 # Each the sum of the counters that begin so: packets are dropped for several reasons.
 _COUNTED = ("tx_packets", "tx_bytes", "tx_dropped", "rx_packets", "rx_bytes", "rx_dropped")
 
@@ -36,6 +39,7 @@ class Verbs:
         detach = verb("network-detach", self._detach, "take a network interface away from a domain", changes=True)
         change = verb("network-set", self._set, "change what a live interface may send, or its link", changes=True)
         shown = verb("network-list", self._list, "a domain's network interfaces and what they have done")
+        taken = verb("capture", self._capture, "what crosses an interface, as pcapng, until ^C")
         for added in (attach, detach, change, shown):
             added.add_argument("domain", metavar="DOM", help="its number or name")
         attach.add_argument("vif", metavar="SPEC", nargs="*", help="mac=00:16:3e:00:00:07 bridge=br0 rate=10Mb/s ...")
@@ -44,9 +48,15 @@ class Verbs:
         detach.add_argument("--force", action="store_true", help="take it away from a guest that does not let it go")
         change.add_argument("--rate", metavar="RATE", help="10Mb/s, 1MB/s@20ms, unlimited")
         change.add_argument("--carrier", choices=("up", "down"), help="the link, as the guest sees it")
+        taken.add_argument("device", metavar="VIF", help="the name of its host's end, or vifDOMID.DEVID: vif7.0")
+        taken.add_argument("-w", "--write", metavar="FILE", default="-", help="where to; -: standard output (a pipe)")
+        taken.add_argument("-s", "--snap", type=_count(_MOST_SNAP), default=0, metavar="BYTES", help="keep of a packet")
+        taken.add_argument("-c", "--count", type=_count(1 << 62), default=0, metavar="N", help="end after N packets")
 
     def _attach(self, args: Asked) -> None:
         spec = vifspec.parse(",".join(args.vif))
+        if spec.idle:
+            print(f"evtchnctl: {spec.idle}", file=sys.stderr)
         with self._connect(args) as client:
             domid = self._number(client, args.domain)
             if args.dry_run:
@@ -78,6 +88,9 @@ class Verbs:
         text = f"domain {domid}: vif {vif['devid']}: rate {_rate(vif)}, carrier {_carrier(vif)}"
         return self._say(args, vif, text)
 
+    def _capture(self, args: Asked) -> None:
+        capture.show(lambda: self._connect(args), args.device, args.write, snap=args.snap, most=args.count)
+
     def _list(self, args: Asked) -> None:
         with self._connect(args) as client:
             vifs = client.call("io.evtchnd.NetworkList", domid=self._number(client, args.domain))["vifs"]
@@ -95,6 +108,16 @@ class Verbs:
         head = ["Devid", "MAC", "State", "Link", "Carrier", "MTU", "Queues", "Rate"]
         head += ["TxPackets", "TxBytes", "TxDropped", "RxPackets", "RxBytes", "RxDropped", "Host"]
         return self._table(head, rows, right=(0, 5, 6, *range(8, 14)))
+
+
+def _count(most: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        number = int(text)
+        if not 0 <= number <= most:
+            raise argparse.ArgumentTypeError(f"'{text}' is not in 0..{most}")
+        return number
+
+    return count
 
 
 def _wired(vif: Mapping[str, Any]) -> str:

@@ -251,7 +251,7 @@ class Consoles:
         if console.reason:
             raise OperatorError(f"{console.name}: off: {console.reason}")
         try:
-            await self._running().client(console, fd, greeting)
+            await self._running().client(console, lambda id: m.Client(id, console.key, greeting), fd)
         except (VmmError, HostError) as exc:
             raise OperatorError(str(exc)) from None
 

@@ -11,7 +11,7 @@ import errno
 import logging
 import socket
 from builtins import list as List
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +25,7 @@ from evtchnd.control.disk import Disk
 from evtchnd.control.domain import DESCRIPTORS, Domain
 from evtchnd.control.images import Images
 from evtchnd.control.inprocess import InProcess
-from evtchnd.control.network import Network
+from evtchnd.control.network import Network, Passed
 from evtchnd.control.vmm_connection import VmmConnection
 from evtchnd.control.zygote import Workers, Zygote
 from evtchnd.diskspec import DiskSpec
@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 _MOST_ACCEPTS = 16
 # After accept() has failed; asyncio's own servers wait as long.
 _ACCEPT_PAUSE_S = 1.0
+
+# A worker ends when its control plane has; with a TAP there is nothing that it waits for.
+_OLD_WORKER_S, _OLD_WORKER_PAUSE_S = 5.0, 0.1
 
 
 class Daemon:
@@ -64,12 +67,14 @@ class Daemon:
         zygote: Zygote | None,
         listening: Mapping[str, socket.socket] | None = None,
         log_of_store: Log | None = None,
+        taps: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
+        """`taps`: queues of TAPs that systemd passed in, by name; the caller's."""
         self._config = config
         self._workers: Workers = zygote if zygote is not None else InProcess()
         self._listening = dict(listening or {})
         self._images = Images(config.limits.image_s)
-        self._network = Network()
+        self._network = Network(taps)
         store = _store(log_of_store, Quotas(**msgspec.structs.asdict(config.xenstore)))
         self._server = Server(store, poll_us=config.poll.max_us)
         self._log = log_of_store
@@ -258,6 +263,25 @@ class Daemon:
         )
         return changed.described()
 
+    def vif_named(self, device: str) -> tuple[int, int, str]:
+        """By the name of its host's end, or as vifDOMID.DEVID: (domid, devid, that name). OperatorError."""
+        every = [vif for domain, _ in self._domains.values() for vif in domain.vifs.by_key.values()]
+        found = [vif for vif in every if vif.port.name == device]
+        found = found or [vif for vif in every if f"vif{vif.domid}.{vif.devid}" == device]
+        if not found:
+            raise OperatorError(f"no domain has a vif {device} (evtchnctl network-list DOM)", errno.ENOENT)
+        if len(found) > 1:
+            names = ", ".join(f"vif{vif.domid}.{vif.devid}" for vif in found)
+            raise OperatorError(f"{device}: {names} are named so, each in a network namespace of its own: say which")
+        return found[0].domid, found[0].devid, found[0].port.name
+
+    async def capture_vif(self, device: str, fd: int, greeting: bytes, *, snap: int, frames: int) -> None:
+        """Copies of a vif's frames to a stream socket: `greeting`, then pcapng. `snap`: bytes of a frame at most,
+        `frames`: it ends after so many; 0: no limit. Copies `fd`.
+        """
+        domid, devid, _ = self.vif_named(device)
+        await self._domain(domid).vifs.capture(str(devid), fd, greeting, snap=snap, frames=frames)
+
     async def vifs(self, domid: int) -> List[dict[str, Any]]:
         """One object a vif: control/vif.py's Vif.described(), "state" (xenbus) and "counters" {name: int}."""
         domain = self._domain(domid)
@@ -427,7 +451,7 @@ class Daemon:
             if any(vif.devid == each.devid for each in domain.vifs.by_key.values()):  # a second START
                 continue
             try:
-                await domain.vifs.attach(vif)
+                await self._attach_vif(domain, vif)
             except (HostError, OperatorError) as exc:
                 log.error("%s: vif %s: not attached: %s", domain.label, vif.devid, exc)
         for spec in disks:
@@ -438,6 +462,18 @@ class Daemon:
                 await domain.attach(await self._open(domain, spec))
             except (HostError, OperatorError) as exc:
                 log.error("%s: %s: not attached: %s", domain.label, spec.vdev, exc)
+
+    async def _attach_vif(self, domain: Domain, spec: VifSpec) -> None:
+        """Of a domain that is resumed: the worker of the daemon before this one may have its TAP still."""
+        deadline = asyncio.get_running_loop().time() + (_OLD_WORKER_S if domain.resumed else 0)
+        while True:
+            try:
+                await domain.vifs.attach(spec)
+                return
+            except OperatorError as exc:
+                if exc.errno != errno.EBUSY or asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(_OLD_WORKER_PAUSE_S)
 
     async def release(self, domain: Domain, reason: str) -> None:
         """Ends a domain and everything of it."""
@@ -473,6 +509,16 @@ class Daemon:
         if devid not in domain.disks:
             raise VmmError(f"{domain.label}: no disk {devid}", errno.ENOENT)
         await domain.detach(domain.disks[devid], force=False)
+
+    async def attach_passed_vif(self, domain: Domain, message: p.Vif, fds: List[int]) -> None:
+        """A TAP's queues that a VMM passes. Takes `fds`. It is wired by whoever made it."""
+        spec = VifSpec(mac=message.mac.hex(":"), wiring="none", mtu=message.mtu, devid=message.devid)
+        made = await domain.vifs.attach(spec, Passed(fds, f"descriptor of {self._domains[domain.domid][1].peer}"))
+        log.info("%s: attached, %s, passed by its VMM", made.name, made.port.name)
+
+    async def detach_passed_vif(self, domain: Domain, devid: int) -> None:
+        """VIF_REMOVE: as an operator's detach."""
+        await domain.vifs.detach(str(devid), force=False)
 
     def gone(self, connection: VmmConnection) -> None:
         """A connection has ended, and its domain."""

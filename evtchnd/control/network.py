@@ -8,17 +8,21 @@ gets its ports back. Whoever goes on only with the guest's leave (its queues, it
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import logging
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evtchnd import transport
 from evtchnd.control import tap
 from evtchnd.control.beside import beside
 from evtchnd.errors import OperatorError
-from evtchnd.vifspec import VifSpec
+from evtchnd.vifspec import Interface, VifSpec
 
 if TYPE_CHECKING:
     from evtchnd.control.netlink import Link, Links, Netlink
@@ -43,19 +47,32 @@ class Changed(Protocol):
     def mtu_changed(self, mtu: int) -> None: ...
 
 
+@dataclass(frozen=True)
+class Passed:
+    """Queues of a TAP that somebody else opened, and who. With wiring `none` what it is wired to is theirs."""
+
+    fds: list[int]
+    origin: str
+
+
 class Port:
     """The host's end of one vif: a TAP, what it is wired to, and what is known of it.
 
-    state       "up"; else in a few words what is wrong: "down", "deleted", "br0 is not there"
+    state       "up"; else in a few words what is wrong: "down", "deleted", "br0 is not there"; "not watched" of one
+                that was passed and is not in the namespace
     made        this daemon made the TAP, which goes with its last descriptor
+    passed      nobody here can open it again
     """
 
-    def __init__(self, label: str, name: str, queues: int, spec: VifSpec, owner: Changed) -> None:
+    def __init__(
+        self, label: str, name: str, queues: int, spec: VifSpec, owner: Changed, passed: Passed | None = None
+    ) -> None:
         self.label = label
         self.name = name
         self.queues = queues
         self.spec = spec
         self.made = False
+        self.passed = passed
         self.mtu = spec.mtu or _DEFAULT_MTU
         self.index = 0
         self.bridge = 0
@@ -63,14 +80,25 @@ class Port:
         self.owner = owner
         self.namespace: _Namespace | None = None
         self._wrong = ""
+        # while it is wired: links that have ended meanwhile
+        self.ended: set[int] | None = None
         self.changed = asyncio.Event()
         self.keeper: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> str:
+        if self.passed is not None and self.namespace is None:
+            return "not watched"
         if not self.index:
             return "deleted"
         return self._wrong or ("up" if self.up else "down")
+
+    @property
+    def origin(self) -> str:
+        """Who has made the TAP, or opened it."""
+        if self.passed is not None:
+            return self.passed.origin
+        return "made here" if self.made else "found"
 
     def wrong(self, what: str) -> None:
         """Another state than up or down; "" ends it. Logged when it changes."""
@@ -80,6 +108,8 @@ class Port:
 
     def news(self, link: Link) -> None:
         """Some link of the port's namespace has changed."""
+        if not link.here and self.ended is not None:
+            self.ended.add(link.index)
         if self.index and link.index == self.index:
             self._own_news(link)
         elif link.here and link.name == self.name and not self.index:
@@ -104,7 +134,7 @@ class Port:
         if link.up != self.up:
             self.up = link.up
             log.info("%s: %s: %s", self.label, self.name, "up" if link.up else "down")
-        if link.mtu and link.mtu != self.mtu:
+        if link.mtu and link.mtu != self.mtu and not (self.passed is not None and self.spec.mtu):
             self.mtu = link.mtu
             log.info("%s: %s: mtu %d", self.label, self.name, link.mtu)
             self.owner.mtu_changed(link.mtu)
@@ -116,14 +146,50 @@ class Port:
 class Network:
     """All ports of this host."""
 
-    def __init__(self) -> None:
+    def __init__(self, passed: Mapping[str, Sequence[int]] | None = None) -> None:
+        """`passed`: queues of TAPs by the name that a vif string calls them by; the caller's."""
+        self._passed = dict(passed or {})
         # by device and inode: a name may be another namespace's tomorrow
         self._namespaces: dict[tuple[int, int], _Namespace] = {}
         self._opening = asyncio.Lock()
 
     async def open(self, port: Port) -> list[int]:
         """Makes the port's TAP, wires it, and watches it from then on. Returns its queues. OperatorError."""
-        namespace = await self._namespace(port.spec.netns)
+        if port.passed is not None:
+            return await self._open_passed(port, port.passed.fds)
+        return await self._open_in(port, await self._namespace(port.spec.netns))
+
+    def passed(self, name: str) -> Passed | None:
+        """Copies of the queues that were passed in under `name`. OperatorError: no descriptor is free."""
+        try:
+            fds = self._passed.get(name)
+            return Passed([fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in fds], "systemd") if fds else None
+        except OSError as exc:
+            raise OperatorError(f"{name}: {exc.strerror}", exc.errno or errno.EMFILE) from None
+
+    async def _open_passed(self, port: Port, fds: list[int]) -> list[int]:
+        """Where the TAP is not in the namespace, or that cannot be looked into, it is served and not watched."""
+        port.name = await beside(lambda: tap.check_passed(fds), lambda _: None)
+        try:
+            namespace = await self._namespace(port.spec.netns)
+        except OperatorError:
+            if port.spec.wiring != "none" or port.spec.address:
+                raise
+            return fds
+        try:
+            place = namespace.place
+            index = await beside(lambda: tap.index_of(fds[0], port.name, place), lambda _: None)
+        except BaseException:
+            self._leave(namespace)
+            raise
+        if index:
+            return await self._open_in(port, namespace)
+        self._leave(namespace)
+        if port.spec.wiring != "none" or port.spec.address:
+            raise OperatorError(f"{port.name}: the TAP that was passed is in another network namespace (netns=)")
+        return fds
+
+    async def _open_in(self, port: Port, namespace: _Namespace) -> list[int]:
         if any(other.name == port.name for other in namespace.ports):
             self._leave(namespace)
             raise OperatorError(f"{port.name}: another vif has it")
@@ -203,6 +269,12 @@ class _Namespace:
         self._netlink: Netlink = netlink.Netlink(requests)
         self._links: Links = netlink.Links(news, self._news, self._missed)
         self._looking: asyncio.Task[None] | None = None
+        self._look_again = False
+
+    @property
+    def place(self) -> int:
+        """Its descriptor, -1: this process' own."""
+        return self._opened.place
 
     def close(self) -> None:
         """Idempotent."""
@@ -216,6 +288,11 @@ class _Namespace:
 
     async def open(self, port: Port) -> list[int]:
         """Opens and wires the TAP. OperatorError: it is closed again."""
+        if port.passed is not None:
+            fds = port.passed.fds
+            index = await beside(lambda: tap.index_of(fds[0], port.name, self.place), lambda _: None)
+            await (self._look_at if port.spec.wiring == "none" else self._wire)(port, index)
+            return fds
         opened = await beside(
             lambda: tap.open_tap(port.name, port.queues, self._opened.place), lambda late: transport.close_all(late.fds)
         )
@@ -229,6 +306,14 @@ class _Namespace:
         return opened.fds
 
     async def _wire(self, port: Port, index: int) -> None:
+        """As `_wire_it`. What ends under its hands is not taken for being there."""
+        port.ended = set()
+        try:
+            await self._wire_it(port, index, port.ended)
+        finally:
+            port.ended = None
+
+    async def _wire_it(self, port: Port, index: int, ended: set[int]) -> None:
         """MTU, bridge, addresses, routes, and up. What is so already is left alone: that takes no capability."""
         spec, name = port.spec, port.name
         now = await self._netlink.link_of(name, index)
@@ -246,8 +331,8 @@ class _Namespace:
         if bridge is not None and now.master != bridge.index:
             wanted["master"] = bridge.index
         if bridge is not None and port.made:
-            # the guest's with a first byte that no bridge takes for its own (it takes the lowest)
-            wanted["address"] = f"fe{spec.mac[2:]}"
+            # the guest's with a first byte that no bridge takes for its own (it takes the lowest), and not the guest's
+            wanted["address"] = f"{'fa' if spec.mac.startswith('fe') else 'fe'}{spec.mac[2:]}"
             with suppress(OperatorError):  # a kernel without IPv6
                 await self._netlink.ask(name, self._netlink.link("set", index=index, IFLA_AF_SPEC=_NO_LINK_LOCAL))
         for key, value in wanted.items():
@@ -256,17 +341,32 @@ class _Namespace:
         if not now.up:
             await self._netlink.ask(f"{name}: up", self._netlink.link("set", index=index, state="up"))
         for address in spec.address:
-            request = self._netlink.addr(
-                "replace", index=index, address=str(address.ip), prefixlen=address.network.prefixlen
-            )
-            await self._netlink.ask(f"{name}: address {address}", request)
+            await self._address(port, index, address)
         for there in spec.ip if spec.wiring == "vif-route" else ():
             route = there if "/" in there else f"{there}/{128 if ':' in there else 32}"
             request = self._netlink.route("replace", dst=route, oif=index, scope=_RT_SCOPE_LINK)
             await self._netlink.ask(f"{name}: route to {there}", request)
+        for gone, what in ((index, name), (bridge.index if bridge is not None else 0, f"bridge {spec.bridge}")):
+            if gone in ended:
+                raise OperatorError(f"{what}: is gone again")
         port.index, port.mtu, port.up = index, mtu, True
         port.bridge = bridge.index if bridge is not None else 0
         port.wrong("")
+
+    async def _look_at(self, port: Port, index: int) -> None:
+        """A TAP that was passed is as whoever passed it wants it: MTU and link are taken from it."""
+        now = await self._netlink.link_of(port.name, index)
+        if now is None:
+            raise OperatorError(f"{port.name}: is gone again")
+        for address in port.spec.address:
+            await self._address(port, index, address)
+        port.index, port.mtu, port.up = index, port.spec.mtu or now.mtu, now.up
+
+    async def _address(self, port: Port, index: int, address: Interface) -> None:
+        request = self._netlink.addr(
+            "replace", index=index, address=str(address.ip), prefixlen=address.network.prefixlen
+        )
+        await self._netlink.ask(f"{port.name}: address {address}", request)
 
     async def keep(self, port: Port) -> None:
         """Makes the TAP anew when it is gone, and the bridge's port when the bridge is back; for ever."""
@@ -276,7 +376,7 @@ class _Namespace:
             await asyncio.sleep(pause)
             port.changed.clear()
             try:
-                if not port.index:
+                if not port.index and port.passed is None:
                     await self._again(port)
                 elif port.spec.bridge and not port.bridge:
                     await self._rejoin(port)
@@ -284,8 +384,9 @@ class _Namespace:
             except OperatorError as exc:
                 port.wrong(str(exc).removeprefix(f"{port.name}: "))
                 pause = min(pause * 2, _PAUSE_MOST_S)
-                if not port.index and port.made:
-                    port.changed.set()
+                port.changed.set()
+            except Exception:
+                log.exception("%s: %s: a defect of evtchnd", port.label, port.name)
 
     async def _again(self, port: Port) -> None:
         if not port.made and await self._netlink.link_named(port.name) is None:
@@ -311,11 +412,17 @@ class _Namespace:
             port.news(link)
 
     def _missed(self) -> None:
+        self._look_again = True
         if self._looking is None or self._looking.done():
             self._looking = asyncio.get_running_loop().create_task(self._look())
 
     async def _look(self) -> None:
         """The kernel has dropped news: what has become of our links?"""
+        while self._look_again:
+            self._look_again = False
+            await self._look_once()
+
+    async def _look_once(self) -> None:
         from evtchnd.control import netlink
 
         for port in list(self.ports):

@@ -31,6 +31,8 @@ DESCRIPTION = files(__package__).joinpath(f"{NAME}.varlink").read_text("utf-8")
 # a domain's number on the wire has 16 bits; which of them are domains the daemon knows
 Domid = Annotated[int, Meta(ge=0, le=0xFFFF)]
 T = TypeVar("T", bound=Struct)
+# bytes of a frame: tcpdump's, and more than any has
+MOST_SNAP = 262144
 
 
 class Domain(Struct, frozen=True):
@@ -93,6 +95,7 @@ class Vif(Struct, frozen=True):
     rate_usec: int
     carrier: bool
     link: str
+    tap: str
     reason: str
     backend: str
     frontend: str
@@ -218,6 +221,18 @@ class NetworkSetReply(Struct, frozen=True):
     vif: Vif
 
 
+class NetworkCaptureCall(Struct, frozen=True, forbid_unknown_fields=True):
+    device: str
+    snap: Annotated[int, Meta(ge=0, le=MOST_SNAP)] | None = None
+    frames: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
+
+
+class NetworkCaptureReply(Struct, frozen=True):
+    domid: int
+    devid: int
+    vifname: str
+
+
 class NetworkListCall(Struct, frozen=True, forbid_unknown_fields=True):
     domid: Domid
 
@@ -244,6 +259,7 @@ class Operator:
             "NetworkAttach": varlink.Method(NetworkAttachCall, self._network_attach),
             "NetworkDetach": varlink.Method(NetworkDetachCall, self._network_detach),
             "NetworkSet": varlink.Method(NetworkSetCall, self._network_set),
+            "NetworkCapture": varlink.Method(NetworkCaptureCall, self._network_capture, self._network_captured),
             "NetworkList": varlink.Method(NetworkListCall, self._network_list),
         }
         service = varlink.Service(
@@ -317,6 +333,12 @@ class Operator:
         rate = None if call.rate is None else vifspec.limit(call.rate)
         changed = await self._daemon.change_vif(call.domid, call.device, rate=rate, carrier=call.carrier)
         return _reply(NetworkSetReply, {"vif": changed})
+
+    async def _network_capture(self, call: NetworkCaptureCall) -> NetworkCaptureReply:
+        return NetworkCaptureReply(*self._daemon.vif_named(call.device))
+
+    async def _network_captured(self, call: NetworkCaptureCall, fd: int, greeting: bytes) -> None:
+        await self._daemon.capture_vif(call.device, fd, greeting, snap=call.snap or 0, frames=call.frames or 0)
 
     async def _network_list(self, call: NetworkListCall) -> NetworkListReply:
         return _reply(NetworkListReply, {"vifs": await self._daemon.vifs(call.domid)})

@@ -31,7 +31,7 @@ from evtchnd.worker import messages as m
 from evtchnd.worker.link import Link
 
 if TYPE_CHECKING:
-    from evtchnd.control.console import Console, Consoles
+    from evtchnd.control.console import Consoles
     from evtchnd.control.vif import Vifs
     from evtchnd.worker.device import Params
 
@@ -196,22 +196,22 @@ class Supervisor:
         if worker is not None:
             worker.given.discard(device.key)
 
-    async def client(self, console: Console, fd: int, greeting: bytes) -> None:
-        """Gives a console's client to the worker, or to the next one if that one dies. VmmError, HostError."""
+    async def client(self, device: Attachable, message: Callable[[int], m.AnyMessage], fd: int) -> None:
+        """Gives somebody's socket to the worker, or to the next one if that one dies. VmmError, HostError."""
         try:
             async with asyncio.timeout(self._config.limits.request_s):
                 while True:
                     worker = self._worker
                     if worker is not None:
                         id = next(self._ids)
-                        answer = await worker.ask(id, m.Client(id, console.key, greeting), [fd])
+                        answer = await worker.ask(id, message(id), [fd])
                         if isinstance(answer, m.Done) and answer.errno not in (0, errno.ENODEV):
                             raise VmmError(answer.reason, answer.errno)
                         if isinstance(answer, m.Done) and not answer.errno:
                             return
                     await asyncio.sleep(_LOOK_MOST_S)
         except TimeoutError:
-            raise HostError(f"{console.name}: no worker serves it now") from None
+            raise HostError(f"{device.name}: no worker serves it now") from None
 
     async def counters(self) -> dict[int, dict[str, int]]:
         """Of each device, by number; {} while there is no worker or when it is too busy to tell."""

@@ -13,7 +13,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,14 @@ _TUNSETIFF, _TUNGETIFF, _TUNSETVNETHDRSZ = 0x400454CA, 0x800454D2, 0x400454D8
 _IFF_TAP, _IFF_MULTI_QUEUE, _IFF_PERSIST, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x0100, 0x0800, 0x1000, 0x4000
 # struct ifreq: 16 bytes of name, then the flags in a union of 24
 _IFREQ = struct.Struct("16sH22x")
+# What a TAP that is passed must have; the last one where it has several queues.
+_NEEDED = {
+    _IFF_TAP: "IFF_TAP",
+    _IFF_NO_PI: "IFF_NO_PI",
+    _IFF_VNET_HDR: "IFF_VNET_HDR",
+    _IFF_MULTI_QUEUE: "IFF_MULTI_QUEUE",
+}
+_SIOCGIFHWADDR = 0x8927
 # struct virtio_net_hdr_mrg_rxbuf, as virtio 1 has it everywhere
 VNET_HEADER_BYTES = 12
 _CLONE_NEWNET = 0x40000000
@@ -65,6 +73,42 @@ def open_tap(name: str, queues: int, place: int = -1) -> Tap:
             raise
 
 
+def check_passed(fds: Sequence[int]) -> str:
+    """The name of the TAP whose queues these are. OperatorError: they are not, or not of the kind that is needed."""
+    names: set[str] = set()
+    for number, fd in enumerate(fds):
+        request = bytearray(_IFREQ.size)
+        try:
+            fcntl.ioctl(fd, _TUNGETIFF, request)
+        except OSError:
+            raise OperatorError(f"descriptor {number} is no TAP's queue (/dev/net/tun after TUNSETIFF)") from None
+        name, flags = _IFREQ.unpack(request)
+        names.add(name.rstrip(b"\0").decode(errors="replace"))
+        for flag, what in _NEEDED.items():
+            if not flags & flag and (flag != _IFF_MULTI_QUEUE or len(fds) > 1):
+                raise OperatorError(f"descriptor {number}: the TAP was made without {what}")
+        try:
+            fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
+        except OSError as exc:
+            raise OperatorError(f"descriptor {number}: vnet header of 12 bytes: {exc.strerror}") from None
+    if len(names) != 1:
+        raise OperatorError(f"the descriptors are queues of several TAPs: {', '.join(sorted(names))}")
+    return names.pop()
+
+
+def index_of(fd: int, name: str, place: int = -1) -> int:
+    """The interface in that namespace which `fd`, a TAP's queue, belongs to; 0: it is in none of that name."""
+    with entered(place), socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            index = socket.if_nametoindex(name)
+            # the TAP tells its own address, whatever namespace it is in; the socket that of the one here
+            request = _IFREQ.pack(name.encode(), 0)
+            same = fcntl.ioctl(fd, _SIOCGIFHWADDR, request)[16:24] == fcntl.ioctl(sock, _SIOCGIFHWADDR, request)[16:24]
+        except OSError:
+            return 0
+        return index if same else 0
+
+
 def netlink_socket(place: int, groups: int) -> socket.socket:
     """A route netlink socket of a namespace, in the multicast `groups` (a mask of RTMGRP_*). OperatorError."""
     with entered(place):
@@ -96,7 +140,10 @@ def entered(place: int) -> Iterator[None]:
     if place < 0:
         yield
         return
-    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise OperatorError(f"netns: the own one: {exc.strerror}", exc.errno or errno.EIO) from None
     try:
         try:
             _setns(place)

@@ -12,7 +12,7 @@ import msgspec
 from evtchnd import answers, transport
 from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
-from evtchnd.control.network import Network, Port
+from evtchnd.control.network import Network, Passed, Port
 from evtchnd.control.ports import Ports
 from evtchnd.control.supervisor import Supervisor
 from evtchnd.errors import HostError, OperatorError, VmmError
@@ -42,13 +42,16 @@ class Vif:
 
     kind = "vif"
 
-    def __init__(self, domid: int, devid: int, spec: VifSpec, config: Config, vifs: Vifs) -> None:
+    def __init__(
+        self, domid: int, devid: int, spec: VifSpec, config: Config, vifs: Vifs, passed: Passed | None = None
+    ) -> None:
         self.domid = domid
         self.devid = devid
         self.key = vif_key(devid)
         self.spec = spec
         queues = min(spec.queues or config.vif.max_queues, config.vif.max_queues)
-        self.port = Port(self.name, spec.name(domid, devid), queues, spec, self)
+        queues = len(passed.fds) if passed is not None else queues
+        self.port = Port(self.name, spec.name(domid, devid), queues, spec, self, passed)
         self.host = m.Vif(
             spec.mac,
             queues,
@@ -114,6 +117,7 @@ class Vif:
             "rate_usec": self.host.rate[1],
             "carrier": self.host.carrier,
             "link": self.port.state,
+            "tap": self.port.origin,
             "reason": self.reason,
             "backend": toolstack.backend(self),
             "frontend": toolstack.frontend(self),
@@ -141,16 +145,48 @@ class Vifs:
 
     def find(self, device: str) -> Vif:
         """By its number, its MAC address (as xl does) or the name of its host's end. OperatorError."""
-        for vif in self.by_key.values():
-            if device in (str(vif.devid), vif.port.name) or device.lower() == vif.spec.mac:
-                return vif
+        every = self.by_key.values()
+        found = [vif for vif in every if device == str(vif.devid)]
+        # a name may be a number, too, but another one's
+        for vif in found or [vif for vif in every if device == vif.port.name or device.lower() == vif.spec.mac]:
+            return vif
         raise OperatorError(f"{self._label}: no vif {device}", errno.ENOENT)
 
     # ---- life
 
-    async def attach(self, spec: VifSpec) -> Vif:
-        """Makes the host's end, then the device, now or at START. OperatorError: there is nothing of it then."""
-        vif = Vif(self._domid, self._place(spec), spec, self._config, self)
+    async def attach(self, spec: VifSpec, passed: Passed | None = None) -> Vif:
+        """Makes the host's end, then the device, now or at START. OperatorError: there is nothing of it then.
+
+        passed: queues of a TAP that somebody else opened; taken. Without, those of systemd's that `vifname` names.
+        """
+        passed = passed or self._network.passed(spec.vifname)
+        try:
+            vif = await self._open(spec, passed)
+        except BaseException:
+            if passed is not None:
+                transport.close_all(passed.fds)
+            raise
+        if self._over:  # the domain has ended meanwhile
+            await self._network.close(vif.port)
+            vif.close()
+            raise OperatorError(f"{self._label} has ended")
+        vif.host = msgspec.structs.replace(vif.host, mtu=vif.port.mtu)
+        self.by_key[vif.key] = vif
+        if spec.idle:
+            log.warning("%s: %s", vif.name, spec.idle)
+        if self._supervisor is not None:
+            toolstack.add_vif(self._server, vif)
+            await self._supervisor.attach_device(vif)
+            if vif.reason:
+                await self._remove(vif)
+                raise OperatorError(f"{vif.name}: {vif.reason}")
+        return vif
+
+    async def _open(self, spec: VifSpec, passed: Passed | None) -> Vif:
+        vif = Vif(self._domid, self._place(spec), spec, self._config, self, passed)
+        most = self._config.vif.max_queues
+        if passed is not None and len(passed.fds) > most:
+            raise OperatorError(f"{vif.name}: {len(passed.fds)} queues of a TAP, {most} are the most (vif.max_queues)")
         try:
             descriptors.require(DESCRIPTORS + QUEUE_DESCRIPTORS * vif.host.queues, vif.name)
             vif.answers = answers.create(vif.host.queues, f"evtchnd-{vif.domid}-vif-{vif.devid}")
@@ -159,23 +195,14 @@ class Vifs:
         self._opening[vif.devid] = vif
         try:
             vif.fds = await self._network.open(vif.port)
-        except OperatorError as exc:
+        except BaseException as exc:
             vif.close()
-            raise OperatorError(f"{vif.name}: {exc}", exc.errno) from None
+            if isinstance(exc, OperatorError):
+                raise OperatorError(f"{vif.name}: {exc}", exc.errno) from None
+            raise
         finally:
             del self._opening[vif.devid]
-        if self._over:  # the domain has ended meanwhile
-            await self._network.close(vif.port)
-            vif.close()
-            raise OperatorError(f"{self._label} has ended")
-        vif.host = msgspec.structs.replace(vif.host, mtu=vif.port.mtu)
-        self.by_key[vif.key] = vif
-        if self._supervisor is not None:
-            toolstack.add_vif(self._server, vif)
-            await self._supervisor.attach_device(vif)
-            if vif.reason:
-                await self._remove(vif)
-                raise OperatorError(f"{vif.name}: {vif.reason}")
+        vif.host = msgspec.structs.replace(vif.host, name=vif.port.name)
         return vif
 
     def _place(self, spec: VifSpec) -> int:
@@ -255,6 +282,18 @@ class Vifs:
         for vif in vifs:
             await self._network.close(vif.port)
             vif.close()
+
+    async def capture(self, device: str, fd: int, greeting: bytes, *, snap: int, frames: int) -> None:
+        """Gives a reader's stream socket to who serves the vif. `fd` stays the caller's. OperatorError."""
+        vif = self.find(device)
+        if vif.reason:
+            raise OperatorError(f"{vif.name}: off: {vif.reason}")
+        if self._supervisor is None:
+            raise OperatorError(f"{self._label} does not run yet")
+        try:
+            await self._supervisor.client(vif, lambda id: m.Capture(id, vif.key, greeting, snap, frames), fd)
+        except (VmmError, HostError) as exc:
+            raise OperatorError(str(exc)) from None
 
     # ---- changes
 

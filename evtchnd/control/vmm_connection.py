@@ -28,7 +28,7 @@ from evtchnd.worker.link import Link
 log = logging.getLogger(__name__)
 
 # What the daemon has of the optional parts of the protocol.
-FEATURES = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE
+FEATURES = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE | p.Feature.VIF
 # Requests that wait behind one that takes its time (START): a VMM sends its tables in a few messages and waits.
 _MOST_REQUESTS = 64
 
@@ -42,6 +42,8 @@ class Host(Protocol):
     async def release(self, domain: Domain, reason: str) -> None: ...
     async def attach_passed(self, domain: Domain, disk: p.Disk, fd: int) -> None: ...
     async def detach_passed(self, domain: Domain, devid: int) -> None: ...
+    async def attach_passed_vif(self, domain: Domain, vif: p.Vif, fds: list[int]) -> None: ...
+    async def detach_passed_vif(self, domain: Domain, devid: int) -> None: ...
     def gone(self, connection: VmmConnection) -> None: ...
 
 
@@ -286,6 +288,12 @@ class VmmConnection:
     async def _disk_remove(self, message: p.DiskRemove, _: list[int]) -> None:
         await self._host.detach_passed(self._of(), message.devid)
 
+    async def _vif(self, message: p.Vif, fds: list[int]) -> None:
+        await self._host.attach_passed_vif(self._of(), message, fds)
+
+    async def _vif_remove(self, message: p.VifRemove, _: list[int]) -> None:
+        await self._host.detach_passed_vif(self._of(), message.devid)
+
     async def _release(self, message: p.Release, _: list[int]) -> None:
         self._state = State.GONE
         self._farewell = f"released by its VMM (reason {message.reason})"
@@ -313,6 +321,8 @@ class VmmConnection:
         p.Type.RELEASE: _release,
         p.Type.PING: _ping,
         p.Type.CONSOLE: _console,
+        p.Type.VIF: _vif,
+        p.Type.VIF_REMOVE: _vif_remove,
     }
 
     # ---- its end

@@ -110,7 +110,7 @@ class Client:
         on_unbind: OnUnbind,
         on_lost: Callable[[], None] | None = None,
         timeout: float = 10.0,
-        features: int = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE,
+        features: int = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE | p.Feature.VIF,
         thread: bool = True,
     ) -> None:
         self._on_bind, self._on_unbind, self._on_lost = on_bind, on_unbind, on_lost
@@ -246,6 +246,15 @@ class Client:
         """Gives the guest a disk: a file or block device, open for reading (and writing unless `readonly`)."""
         flags = (p.DiskFlag.READONLY if readonly else 0) | (p.DiskFlag.CDROM if cdrom else 0)
         self.call(p.Disk(devid, flags, vdev), [fd])
+
+    def vif(self, devid: int, mac: bytes, fds: Sequence[int], *, mtu: int = 0) -> None:
+        """Gives the guest a network interface: a TAP's queues (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR; several:
+        IFF_MULTI_QUEUE). mtu 0: the TAP's.
+        """
+        self.call(p.Vif(devid, len(fds), mac, mtu), fds)
+
+    def vif_remove(self, devid: int) -> None:
+        self.call(p.VifRemove(devid))
 
     def disk_remove(self, devid: int) -> None:
         self.call(p.DiskRemove(devid))

@@ -73,7 +73,9 @@ class Guest:
 
     # the way of a domain, step by step
 
-    def hello(self, features: int = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE) -> p.HelloReply:
+    def hello(
+        self, features: int = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE | p.Feature.VIF
+    ) -> p.HelloReply:
         reply = self.line.well(p.Hello(p.VERSION, features))
         if not isinstance(reply, p.HelloReply):
             raise CaseFailed("the reply to HELLO is empty")
@@ -298,6 +300,18 @@ class Suite:
             guest.line.refused(p.Disk(51728, 0, "xvdb"), [guest.notifies[STORE_PORT]])
             guest.line.refused(p.DiskRemove(51728))
             guest.line.well(p.DiskRemove(51712))
+            guest.release()
+
+    def vifs_by_descriptor(self) -> None:
+        with self.guest() as guest, tempfile.TemporaryFile() as file:
+            if not guest.hello().features & p.Feature.VIF:
+                raise Skipped("the daemon has no feature VIF")
+            guest.line.well(p.Register(guest.domid, p.RegisterFlag.LONG_MODE, 1))
+            guest.memory().xenstore().start()
+            mac = bytes.fromhex("00163e000007")
+            guest.line.refused(p.Vif(0, 1, mac), [file.fileno()])
+            guest.line.refused(p.Vif(0, 1, mac), [guest.notifies[STORE_PORT]])
+            guest.line.refused(p.VifRemove(0))
             guest.release()
 
     def console_port_is_bound_and_ring_emptied(self) -> None:

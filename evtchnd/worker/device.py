@@ -15,12 +15,13 @@ Whatever was bound by `bind()` and not unbound is unbound by the worker.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evtchnd.channel import Channel
-from evtchnd.errors import EvtchndError, GuestError, HostError
+from evtchnd.errors import EvtchndError, GuestError, HostError, VmmError
 from evtchnd.transport import close_all
 
 if TYPE_CHECKING:
@@ -226,6 +227,8 @@ class VifDevice(AnyDevice):
     answers_fd      the memfd with what its rings have been answered (evtchnd/answers.py), made by the control plane
     change          set by the backend: `vif` is another one now (mtu, rate, carrier); HostError: it cannot be
     retap           set by the backend: the TAP was made anew, these are its descriptors (the worker's, too)
+    capture         set by the backend: gets a reader's stream socket (a descriptor, the backend's from then on), what
+                    to greet it with, bytes of a frame and frames at most (0: any); HostError: there are too many
     """
 
     def __init__(self, *, vif: Vif, taps: Sequence[int], answers_fd: int, **shared: Any) -> None:
@@ -237,6 +240,7 @@ class VifDevice(AnyDevice):
         self.answers_fd = answers_fd
         self.change: Callable[[Vif], Awaitable[None]] = self._change
         self.retap: Callable[[Sequence[int]], None] = self._retap
+        self.capture: Callable[[int, bytes, int, int], None] = self.refuse
 
     async def _change(self, vif: Vif) -> None:
         """Before the backend has begun: it begins with that."""
@@ -244,3 +248,8 @@ class VifDevice(AnyDevice):
 
     def _retap(self, taps: Sequence[int]) -> None:
         self.taps = list(taps)
+
+    def refuse(self, fd: int, *_: object) -> None:
+        """`capture` while nobody serves."""
+        os.close(fd)
+        raise VmmError(f"{self.name}: not served now", errno.ENODEV)

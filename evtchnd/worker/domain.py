@@ -103,6 +103,8 @@ class Worker:
                 self._spawn(self._change(message), message.id)
             case m.Client():
                 self._answer(message.id, lambda: self._client(message, fds), fds)
+            case m.Capture():
+                self._answer(message.id, lambda: self._capture(message, fds), fds)
             case m.Detach():
                 self._spawn(self._detach(message), message.id)
             case m.Resize():
@@ -350,6 +352,10 @@ class Worker:
             device.retap(new)
         finally:
             close_all(old)
+
+    def _capture(self, capture: m.Capture, fds: list[int]) -> None:
+        _, device = self._vif(capture.devid)
+        device.capture(fds.pop(), capture.greeting, capture.snap, capture.frames)
 
     async def _change(self, change: m.ChangeVif) -> None:
         attaching = self._attaching.get(change.devid)

@@ -10,6 +10,7 @@
 | Taps          | one TAP queue each of `vif.queues` | Done                                |
 | ChangeVif     |                                | Done, when it holds                     |
 | Client        | a client's socket              | Done                                    |
+| Capture       | a reader's socket              | Done                                    |
 | Detach        |                                | Done, when the backend has ended        |
 | Resize        |                                | Done, when the guest has been told      |
 | Bound         | kick, notify of each port      |                                         |
@@ -168,6 +169,19 @@ class Client(Message):
     greeting: bytes
 
 
+class Capture(Message):
+    """Somebody who wants copies of a vif's frames: a stream socket, and what is sent to it first, before pcapng.
+
+    snap    bytes of a frame at most, 0: as many as it has | frames: after so many it ends, 0: never
+    """
+
+    id: int
+    devid: int
+    greeting: bytes
+    snap: int
+    frames: int
+
+
 class Detach(Message):
     """The device's backend is cancelled and its descriptors are closed."""
 
@@ -258,6 +272,7 @@ AnyMessage = (
     | Taps
     | ChangeVif
     | Client
+    | Capture
     | Detach
     | Resize
     | Bind
