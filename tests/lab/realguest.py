@@ -110,7 +110,7 @@ class RealGuest:
         assert self.vmm is not None
         try:
             return self.vmm.console.run(command, patient(seconds)).strip()
-        except HostError as error:
+        except (HostError, OSError) as error:  # the console's other end has gone
             raise HostError(f"{error}; evtchnd-micro's log ends with {self.vmm.said()!r}") from None
 
     def fails(self, command: str, seconds: float = 10) -> str:
