@@ -117,7 +117,11 @@ class TxRing:
         # the shared rsp_prod: 0 in a new ring, where a dead worker was in an old one
         self.req_cons = self.rsp_prod = self.published = self.area.load(8)
         if again:
-            self.inherit()
+            try:
+                self.inherit()
+            except GuestError:
+                self.area.close()  # a view that an error's traceback keeps would keep its page
+                raise
         else:
             st32(self.answers.p, 0, self.published)
 
@@ -202,7 +206,7 @@ class TxRing:
         while more:
             if used >= waiting:
                 raise GuestError("tx: an extra is missing")
-            self.area.take(64 + (u32(start + used) & 255) * 12, self.extra.p, 0, 8)
+            copy(self.extra.p, 0, self.area.p, 64 + (u32(start + used) & 255) * 12, 8)
             used += 1
             extras += 1
             kind = get8(self.extra.p, 0)
@@ -257,7 +261,7 @@ class TxRing:
         return self.send(fd, parts, extras, total, gso_type, gso_size)
 
     def slot(self, number: int, index: int) -> int:
-        self.area.take(64 + (index & 255) * 12, self.taken.p, 12 * number, 12)
+        copy(self.taken.p, 12 * number, self.area.p, 64 + (index & 255) * 12, 12)
         return 0
 
     def send(self, fd: int, parts: int, extras: int, total: int, gso_type: int, gso_size: int) -> int:

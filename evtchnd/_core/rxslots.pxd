@@ -2,7 +2,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 cimport cython
 from evtchnd._core.pins cimport Pins
 from evtchnd._core.words cimport (
-    Area, Mem, fence, get16, get32, get64, ld32, put8, put16, put32, put64, st32, u32,
+    Area, Mem, copy, fence, get16, get32, get64, ld32, put8, put16, put32, put64, st32, u32,
 )
 
 

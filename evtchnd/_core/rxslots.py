@@ -14,7 +14,7 @@ from evtchnd._core.words import Area, Mem
 from evtchnd.errors import GuestError
 
 if not cython.compiled:
-    from evtchnd._core.words import fence, get16, get32, get64, ld32, put8, put16, put32, put64, st32, u32
+    from evtchnd._core.words import copy, fence, get16, get32, get64, ld32, put8, put16, put32, put64, st32, u32
 
 if TYPE_CHECKING:
     from evtchnd._core.pins import Pins
@@ -52,7 +52,11 @@ class RxSlots:
         self.used = self.bad_grants = self.bad_ahead = 0
         self.req_cons = self.rsp_prod = self.published = self.seen = self.area.load(8)
         if again:
-            self.inherit()
+            try:
+                self.inherit()
+            except GuestError:
+                self.area.close()  # a view that an error's traceback keeps would keep its page
+                raise
         else:
             st32(self.answers.p, 0, self.published)
 
@@ -70,7 +74,7 @@ class RxSlots:
         self.req_cons = self.rsp_prod = self.published = self.seen = target
         waiting = self.free()
         for i in range(waiting):
-            self.area.take(64 + (u32(self.rsp_prod + i) & 255) * 8, self.entry.p, 0, 8)
+            copy(self.entry.p, 0, self.area.p, 64 + (u32(self.rsp_prod + i) & 255) * 8, 8)
             try:
                 self.grants.pin_page(get32(self.entry.p, 4), True)
             except GuestError:
@@ -107,7 +111,7 @@ class RxSlots:
             waiting = 64
         while u32(self.req_cons - self.rsp_prod) < waiting:
             at = (self.req_cons & 255) * 16
-            self.area.take(64 + (self.req_cons & 255) * 8, self.entry.p, 0, 8)
+            copy(self.entry.p, 0, self.area.p, 64 + (self.req_cons & 255) * 8, 8)
             put32(self.pages.p, at + 8, get32(self.entry.p, 4))
             put16(self.pages.p, at + 12, get16(self.entry.p, 0))
             put16(self.pages.p, at + 14, 0)
