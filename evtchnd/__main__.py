@@ -9,8 +9,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         period = sdnotify.watchdog_period()
         # before any loop, thread or socket exists: every worker is a copy of what is here now
         zygote = None if config.single_process else Zygote.fork()
-        uvloop.run(_serve(config, zygote, notifier, passed, period, state))
+        uvloop.run(_serve(config, zygote, notifier, passed, period, state, partial(_config, args)))
     except EvtchndError as exc:
         log.error("%s", exc)
         return 1
@@ -76,8 +77,9 @@ async def _serve(
     passed: Mapping[str, Sequence[int]],
     period: float | None,
     state: Log | None,
+    reread: Callable[[], Config],
 ) -> None:
-    """The daemon's life, until a signal ends it."""
+    """The daemon's life, until a signal ends it; SIGHUP: its configuration is read again."""
     loop = asyncio.get_running_loop()
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,6 +92,7 @@ async def _serve(
     watchdog = asyncio.create_task(_watchdog(notifier, period))
     try:
         await daemon.start()
+        loop.add_signal_handler(signal.SIGHUP, _reload, daemon, reread)
         operator.start()
         await _keep(listening, notifier, state if STATE not in passed else None)
         notifier.ready(f"serving in {config.runtime_dir}")
@@ -106,6 +109,15 @@ async def _serve(
         with suppress(asyncio.CancelledError):
             await watchdog
         listening.close(keep=bool(notifier))
+
+
+def _reload(daemon: Daemon, reread: Callable[[], Config]) -> None:
+    try:
+        daemon.reload(reread())
+    except ConfigError as exc:
+        for line in exc.faults:
+            log.error("%s", line)
+        log.error("not reloaded: everything is as before")
 
 
 async def _keep(listening: Listening, notifier: sdnotify.Notifier, state: Log | None) -> None:

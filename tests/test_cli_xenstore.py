@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,6 +166,37 @@ def test_quotas_of_the_config(tmp_path: Path) -> None:
         quotas = ask(it, "quota", "7")
         assert (quotas["nodes"]["limit"], quotas["watches"]["limit"]) == (1234, 77)
         assert ask(it, "quota", "default", "nodes") == {"nodes": {"limit": 1000}}
+
+
+def test_a_reload_changes_the_quotas_of_running_domains(tmp_path: Path) -> None:
+    """SIGHUP: what of the file has changed, and nothing else that a tool has set; a faulty file changes nothing."""
+    file = tmp_path / "evtchnd.toml"
+    own = "[[domains]]\ndomid = 7\nxenstore = {nodes = %d}\n"
+    file.write_text("[xenstore]\nwatches = 77\n" + own % 1234)
+
+    def reloaded(text: str, until: str) -> None:
+        file.write_text(text)
+        it.process.send_signal(signal.SIGHUP)
+        assert it.process.stderr is not None
+        while until not in it.process.stderr.readline():
+            pass
+
+    def limits(domain: str) -> tuple[int, int]:
+        quotas = ask(it, "quota", domain)
+        return quotas["nodes"]["limit"], quotas["watches"]["limit"]
+
+    with (
+        running(tmp_path / "run", "--config", str(file)) as it,
+        SoftVmm(it.folder / "vmm.sock", 7, memory=8 << 20),
+        SoftVmm(it.folder / "vmm.sock", 8, memory=8 << 20),
+    ):
+        ask(it, "quota", "8", "nodes", "500")
+        reloaded("[xenstore]\nwatches = 77\n" + own % 99, "reloaded")
+        assert (limits("7"), limits("8"), limits("default")) == ((99, 77), (500, 77), (1000, 77))
+        reloaded("[xenstore]\nwatches = 90\n[poll]\nmax_us = 7\n", "reloaded, but poll: from the next start on")
+        assert (limits("7"), limits("8"), limits("default")) == ((1000, 90), (500, 90), (1000, 90))
+        reloaded("[xenstore]\nwatches = -1\n", "not reloaded: everything is as before")
+        assert limits("default") == (1000, 90)
 
 
 def on_a_terminal(daemon: Running, *arguments: str, **environment: str) -> str:

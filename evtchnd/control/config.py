@@ -145,7 +145,7 @@ class Console(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Xenstore(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Quotas of a guest in XenStore: the defaults of Xen's C server, one by one. Domain 0 has none.
 
-    `evtchnctl xenstore quota` changes them while a domain runs.
+    `evtchnctl xenstore quota` changes them while a domain runs, and so does a reload (SIGHUP).
     """
 
     nodes: Annotated[int, Meta(ge=1, le=0x7FFFFFFF)] = 1000

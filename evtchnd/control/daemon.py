@@ -7,6 +7,7 @@ meant for the operator) for what cannot be done, and may be called at any time b
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import logging
 import socket
@@ -19,8 +20,9 @@ import msgspec
 
 from evtchnd import diskspec, transport
 from evtchnd import protocol as p
+from evtchnd.control import config as configuration
 from evtchnd.control import descriptors, toolstack
-from evtchnd.control.config import Config
+from evtchnd.control.config import Config, Xenstore
 from evtchnd.control.disk import Disk
 from evtchnd.control.domain import DESCRIPTORS, Domain
 from evtchnd.control.images import Images
@@ -111,6 +113,27 @@ class Daemon:
                 "%d domains are kept for their VMMs, for %g s (limits.resume_s)", kept, self._config.limits.resume_s
             )
             self._lost = loop.call_later(self._config.limits.resume_s, self._release_lost)
+
+    def reload(self, config: Config) -> None:
+        """Another configuration, while guests run: `xenstore` and `domains` of it; the rest is for the next start.
+
+        Quotas that it has changed hold at once, for domains that are there, too; the rest is for domains to come.
+        """
+        before, self._config = (
+            self._config,
+            configuration.replace(self._config, xenstore=config.xenstore, domains=config.domains),
+        )
+        store = self._server.store
+        if changed := _changed(before.xenstore, config.xenstore):
+            store.set_quotas(None, dataclasses.replace(store.quotas, **changed))
+        for domid in self._domains:
+            old, new = before.xenstore_of(domid) or before.xenstore, config.xenstore_of(domid) or config.xenstore
+            if changed := _changed(old, new):
+                store.set_quotas(domid, dataclasses.replace(store.domain(domid).quotas, **changed))
+        if later := [key for key in Config.__struct_fields__ if getattr(config, key) != getattr(self._config, key)]:
+            log.warning("reloaded, but %s: from the next start on", ", ".join(later))
+        else:
+            log.info("reloaded")
 
     def _release_lost(self) -> None:
         """Domains of before this process whose VMMs have not come back."""
@@ -546,3 +569,8 @@ def _summary(domain: Domain) -> dict[str, Any]:
         "vcpus": domain.vcpus,
         "devices": len(domain.disks) + len(domain.vifs.by_key),
     }
+
+
+def _changed(old: Xenstore, new: Xenstore) -> dict[str, Any]:
+    """The quotas of `new` that are others."""
+    return {name: value for name, value in msgspec.structs.asdict(new).items() if value != getattr(old, name)}
