@@ -18,7 +18,7 @@ RATIOS = {"net.soft.gso.rate_over_c", "net.soft.pps64_over_c"}
 
 
 def bench(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    short = ("--rounds", "2", "--ms", "50", "--dir", str(tmp_path))
+    short = ("--rounds", "2", "--ms", "50", "--dir", str(tmp_path), "--places", "soft")
     return subprocess.run(
         [sys.executable, "-m", "evtchnd.bench", "net", *short, *arguments],
         env=os.environ | environment,

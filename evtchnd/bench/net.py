@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evtchnd.bench import netguest
 from evtchnd.bench.blk import cpu_us
 from evtchnd.bench.netns import ECHO_PORT, Link, Namespace
 from evtchnd.bench.netserved import MAC, Served
@@ -29,6 +30,7 @@ from evtchnd.errors import HostError
 
 SOURCE = Path(__file__).with_name("netload.c")
 GUEST_CPU, BACK_CPU = 0, 1
+PLACES = ("soft", "lab")
 # 44 segments of 1460 bytes behind 54 bytes of headers: 16 pages
 GSO_BYTES, GSO_SEGMENT = 54 + 44 * 1460, 1460
 
@@ -60,11 +62,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--poll-us", type=int, default=50, help="polling window of the worker (%(default)s)")
     parser.add_argument("--dir", default="/var/tmp", help="where log and programs lie (%(default)s)")
     parser.add_argument("--only", default="", help="workloads, by comma (all)")
+    parser.add_argument(
+        "--places",
+        default=",".join(PLACES),
+        metavar="LIST",
+        help="of %(default)s; lab: `evtchnd-bench netguest` with its own rounds",
+    )
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    """All rounds. HostError if the daemon or the load cannot be started."""
+    """All places. HostError if the daemon or the load cannot be started."""
     report = Report("net")
+    places = arguments.places.split(",")
+    if unknown := set(places) - set(PLACES):
+        raise HostError(f"--places: no {', '.join(sorted(unknown))}: there are {', '.join(PLACES)}")
+    if "soft" in places:
+        measure(report, arguments)
+    if "lab" in places:
+        netguest.fill(report)
+    return report
+
+
+def measure(report: Report, arguments: argparse.Namespace) -> None:
+    """All rounds of the soft guest."""
     chosen = [work for work in WORKLOADS if not arguments.only or work.name in arguments.only.split(",")]
     readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with contextlib.ExitStack() as stack:
@@ -73,13 +93,13 @@ def run(arguments: argparse.Namespace) -> Report:
         if program is None:
             report.skipped["net"] = "no C compiler for the load and the limit: apt-get install gcc libc6-dev"
             summarise(report, {})
-            return report
+            return
         try:
             netns = stack.enter_context(Namespace())
         except HostError as exc:
             report.skipped["net"] = str(exc)
             summarise(report, {})
-            return report
+            return
         served = stack.enter_context(Served(folder, netns, poll_us=arguments.poll_us))
         served.pin(BACK_CPU)
         load = Load(program, netns, served, arguments.ms)
@@ -92,7 +112,6 @@ def run(arguments: argparse.Namespace) -> Report:
                     readings.setdefault((side, work.name), []).append(reading)
                     report.rounds.append({"round": number, "side": side, "workload": work.name, **reading})
     summarise(report, readings)
-    return report
 
 
 def build(folder: Path) -> Path | None:
