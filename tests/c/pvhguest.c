@@ -130,14 +130,14 @@ static void events(void)
     say("store_port", param(HVMOP_get_param, HVM_PARAM_STORE_EVTCHN, 0));
     say("set_store", param(HVMOP_set_param, HVM_PARAM_STORE_EVTCHN, 9));
     say("shared_info", add(XENMAPSPACE_shared_info, 0, first_info));
-    say("nowhere", add(XENMAPSPACE_shared_info, 0, NOWHERE));
+    say("in_a_hole", add(XENMAPSPACE_shared_info, 0, NOWHERE));
     say("alloc", OP(event_channel_op, EVTCHNOP_alloc_unbound, &here));
     there.remote_port = here.port;
     say("bind", OP(event_channel_op, EVTCHNOP_bind_interdomain, &there));
-    say("bound_pending", pending(first_info, there.local_port));
+    say("bound_pending", pending(NOWHERE, there.local_port));
     send.port = there.local_port;
     say("send", OP(event_channel_op, EVTCHNOP_send, &send));
-    say("sent_pending", pending(first_info, here.port));
+    say("sent_pending", pending(NOWHERE, here.port));
     say("moved", add(XENMAPSPACE_shared_info, 0, second_info));
     say("moved_pending", pending(second_info, here.port));
     first_info[2048] = 0;

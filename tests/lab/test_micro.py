@@ -153,7 +153,7 @@ VALUES = {
     "store_port": 1,
     "set_store": -errno.EPERM,
     "shared_info": 0,
-    "nowhere": -errno.EINVAL,
+    "in_a_hole": 0,
     "alloc": 0,
     "bind": 0,
     "bound_pending": 1,
