@@ -1,8 +1,9 @@
 """The lab's tests as the host's pytest sees them: collected here, run in one boot, their reports replayed as ours.
 
 The first lab test boots the machine with the node ids of all that were selected; each test then waits for its own
-reports. A machine that dies is started again once with the tests that have not finished. What the second one leaves
-has failed, unless neither came up: then the lab is not there, and its tests are skipped with the reason.
+reports. A machine that dies is started again, up to BOOTS times in all, with the tests that have not finished; one in
+which it died twice has failed. What the last boot leaves has failed, too, unless none came up: then the lab is not
+there, and its tests are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +45,7 @@ class LabRun:
         self._done: dict[str, list[pytest.TestReport]] = {}
         self._left: dict[str, str] = {}  # will not finish, and why
         self._running = ""
+        self._died_in: Counter[str] = Counter()
         self._partial: list[pytest.TestReport] = []
         self._rest = b""
         self._machine: Machine | None = None
@@ -95,16 +98,16 @@ class LabRun:
         self.deaths.append(death)
         output = self._machine.tail() if self._machine else ""
         self.close()
-        if len(self.deaths) < BOOTS:
-            return
-        if not self._came_up:
+        running = self._running
+        self._died_in[running] += 1
+        last = len(self.deaths) == BOOTS
+        if running and (last or self._died_in[running] == 2):
+            self._left[running] = f"{death}\n{'-' * 20} the last output {'-' * 20}\n{output}"
+            self._waiting.remove(running)
+        if last and not self._came_up:
             self.missing = f"the lab did not come up: {death.args[0]}"
-        elif self._running:
-            self._left[self._running] = f"{death}\n{'-' * 20} the last output {'-' * 20}\n{output}"
-            self._waiting.remove(self._running)
-            self._leave(f"not run: the machine died in {self._running}")
-        else:
-            self._leave(f"not run: {death}")
+        elif last:
+            self._leave(f"not run: the machine died in {running}" if running else f"not run: {death}")
 
     def _boot(self) -> Machine:
         lab = prepare.find()
