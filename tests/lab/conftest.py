@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Once everything that deselects is done."""
-    if not INSIDE and xen_capability() & EVERYTHING != EVERYTHING:
+    if not INSIDE and not session.config.option.collectonly and xen_capability() & EVERYTHING != EVERYTHING:
         run = outside.LabRun(session.config, [item for item in session.items if ours(item)])
         session.config.stash[RUN] = run
         run.begin()
