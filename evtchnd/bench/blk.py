@@ -12,7 +12,6 @@ import contextlib
 import json
 import mmap
 import os
-import shutil
 import signal
 import struct
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 
 from evtchnd.abi import GTF_PERMIT_ACCESS, PAGE_SIZE
 from evtchnd.bench.ends import Ends
+from evtchnd.bench.program import build, cpu_us
 from evtchnd.bench.report import Report, median
 from evtchnd.bench.served import Served
 from evtchnd.errors import HostError
@@ -64,8 +64,8 @@ def run(arguments: argparse.Namespace) -> Report:
     report = Report("blk")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evtchnd-bench-", dir=arguments.dir)))
-        program = build(folder)
-        if program is None:
+        program = folder / "blkload"
+        if not build(SOURCE, program):
             report.skipped["blk"] = "no C compiler for the load and the limit: apt-get install gcc libc6-dev"
             summarise(report, {})
             return report
@@ -85,18 +85,6 @@ def run(arguments: argparse.Namespace) -> Report:
                     report.rounds.append({"round": number, "side": side, "workload": workload.name, **reading})
     summarise(report, readings)
     return report
-
-
-def build(folder: Path) -> Path | None:
-    """Compiles blkload.c; None where there is no compiler."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        return None
-    program = folder / "blkload"
-    done = subprocess.run([compiler, "-O2", "-o", program, SOURCE], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise HostError(f"{compiler} does not build {SOURCE.name}: {done.stderr.strip().splitlines()[-1]}")
-    return program
 
 
 def load(program: Path, backend: Served | Limit, workload: Workload, ms: int, seed: int) -> dict[str, Any]:
@@ -127,11 +115,6 @@ def load(program: Path, backend: Served | Limit, workload: Workload, ms: int, se
     reading["backend_cpu_us_per_request"] = (cpu_us(backend.pid) - before) / reading["requests"]
     reading["kicks_per_request"] = reading["kicks"] / reading["requests"]
     return reading
-
-
-def cpu_us(pid: int) -> float:
-    """CPU time of every thread of a process so far, in microseconds (the scheduler's own nanoseconds)."""
-    return sum(int(p.read_text().split()[0]) for p in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1000
 
 
 class Limit:

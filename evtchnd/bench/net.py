@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -22,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from evtchnd.bench import netguest
-from evtchnd.bench.blk import cpu_us
 from evtchnd.bench.netns import ECHO_PORT, Link, Namespace
 from evtchnd.bench.netserved import MAC, Served
+from evtchnd.bench.program import build, cpu_us
 from evtchnd.bench.report import Report, median
 from evtchnd.errors import HostError
 
@@ -89,8 +87,8 @@ def measure(report: Report, arguments: argparse.Namespace) -> None:
     readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evtchnd-bench-", dir=arguments.dir)))
-        program = build(folder)
-        if program is None:
+        program = folder / "netload"
+        if not build(SOURCE, program):
             report.skipped["net"] = "no C compiler for the load and the limit: apt-get install gcc libc6-dev"
             summarise(report, {})
             return
@@ -112,18 +110,6 @@ def measure(report: Report, arguments: argparse.Namespace) -> None:
                     readings.setdefault((side, work.name), []).append(reading)
                     report.rounds.append({"round": number, "side": side, "workload": work.name, **reading})
     summarise(report, readings)
-
-
-def build(folder: Path) -> Path | None:
-    """Compiles netload.c; None where there is no compiler."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        return None
-    program = folder / "netload"
-    done = subprocess.run([compiler, "-O2", "-o", program, SOURCE], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise HostError(f"{compiler} does not build {SOURCE.name}: {done.stderr.strip().splitlines()[-1]}")
-    return program
 
 
 class Load:

@@ -3,7 +3,7 @@
 Both guests are Debian trixie's stock kernel with the same initramfs, command line and root file system; the host's end
 of each is a TAP with an address of its own in a network namespace, nothing in between. In each round both boot, then
 both stay up while the jobs alternate between them, who goes first changing with every job and every round. The guest
-that does not run a job sleeps. `evtchnd-bench net` has this as its half of real guests (`fill`, `run_lab`).
+that does not run a job sleeps. `evtchnd-bench net` has this as its half of real guests (`fill`).
 
 iperf3's client is in the guest, its server in the namespace. `rate`: what has arrived. Round trips: ping, the next
 one as soon as its answer is there. CPU: as `evtchnd-bench guest` counts it, for each MiB; iperf3's start is in it, its
@@ -82,13 +82,6 @@ def run(arguments: argparse.Namespace) -> Report:
     report = Report("netguest")
     fill(report, arguments.rounds, arguments.seconds, arguments.vcpus, arguments.jobs.split(","))
     return report
-
-
-def run_lab(rounds: int = ROUNDS) -> dict[str, Any]:
-    """As `evtchnd-bench netguest --json`: "ratios" (None: not run), "bounds", "skipped", "rounds", "machines"."""
-    report = Report("netguest")
-    fill(report, rounds)
-    return report.as_json()
 
 
 def fill(

@@ -9,12 +9,8 @@ from typing import Self
 
 from evtchnd.abi import PAGE_SIZE
 from evtchnd.bench.netns import Namespace
-from evtchnd.bench.served import DOMID, Daemon
-from evtchnd.errors import HostError
-from evtchnd.guest.domain import Domain
+from evtchnd.bench.served import DOMID, in_a_row, soft_guest
 from evtchnd.guest.netfront import Netfront
-from evtchnd.guest.xenstore import XenStore
-from evtchnd.vmm.soft import SoftVmm
 
 MAC = "00:16:3e:77:00:07"
 
@@ -24,21 +20,15 @@ class Served:
 
     def __init__(self, folder: Path, netns: Namespace, *, poll_us: int) -> None:
         with contextlib.ExitStack() as stack:
-            self.daemon = Daemon(folder, f"[poll]\nmax_us = {poll_us}\n[vif]\nmax_queues = 1\n")
-            stack.callback(self.daemon.stop)
-            vm = stack.enter_context(SoftVmm(self.daemon.runtime / "vmm.sock", DOMID, name="bench"))
-            domain = Domain(vm)
-            stack.callback(domain.close)
-            store = XenStore(domain)
-            stack.callback(store.close)
+            config = f"[poll]\nmax_us = {poll_us}\n[vif]\nmax_queues = 1\n"
+            self.daemon, vm, domain, store = stack.enter_context(soft_guest(folder, config))
             made = self.daemon.ctl("network-attach", str(DOMID), f"mac={MAC}", "script=none", f"netns={netns.path}")
             card = Netfront(domain, store, post=0)
             card.connect()
             stack.callback(card.disconnect)
             (queue,) = card.queues
             for grefs in (queue.tx_grefs, queue.rx_grefs):
-                if grefs != list(range(grefs[0], grefs[0] + len(grefs))):
-                    raise HostError("the guest's grant references are not in a row")
+                in_a_row(grefs)
             tx, rx = queue.ports
             fds = {
                 "ram": vm.ram_fd,

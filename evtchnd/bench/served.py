@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,26 +66,40 @@ class Daemon:
         shutil.rmtree(self.runtime, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def soft_guest(folder: Path, config: str) -> Iterator[tuple[Daemon, SoftVmm, Domain, XenStore]]:
+    """A daemon, and a guest without KVM that it serves."""
+    with contextlib.ExitStack() as stack:
+        daemon = Daemon(folder, config)
+        stack.callback(daemon.stop)
+        vm = stack.enter_context(SoftVmm(daemon.runtime / "vmm.sock", DOMID, name="bench"))
+        domain = Domain(vm)
+        stack.callback(domain.close)
+        store = XenStore(domain)
+        stack.callback(store.close)
+        yield daemon, vm, domain, store
+
+
+def in_a_row(grefs: Sequence[int]) -> None:
+    """HostError where the C programs, which count from the first one, would meet another grant."""
+    if list(grefs) != list(range(grefs[0], grefs[0] + len(grefs))):
+        raise HostError("the guest's grant references are not in a row")
+
+
 class Served:
     """A disk of a soft guest, connected: `ends` for the load, `pid` of the worker that serves it."""
 
     def __init__(self, folder: Path, image: Path, *, poll_us: int, data_pages: int, tables: int = 32) -> None:
         with contextlib.ExitStack() as stack:
-            self.daemon = Daemon(folder, f"[poll]\nmax_us = {poll_us}\n")
-            stack.callback(self.daemon.stop)
-            vm = stack.enter_context(SoftVmm(self.daemon.runtime / "vmm.sock", DOMID, name="bench"))
-            domain = Domain(vm)
-            stack.callback(domain.close)
-            store = XenStore(domain)
-            stack.callback(store.close)
+            guest = stack.enter_context(soft_guest(folder, f"[poll]\nmax_us = {poll_us}\n"))
+            self.daemon, vm, domain, store = guest
             self.daemon.ctl("block-attach", str(DOMID), f"format=raw,vdev=xvda,access=ro,target={image}")
             disk = Blkfront(domain, store, DEVID, depth=1)
             disk.connect()
             stack.callback(disk.disconnect)
             first = domain.alloc(tables + data_pages)
             grefs = [domain.grant(first + index) for index in range(tables + data_pages)]
-            if grefs != list(range(grefs[0], grefs[0] + len(grefs))):
-                raise HostError("the guest's grant references are not in a row")
+            in_a_row(grefs)
             self.ends = Ends(
                 ram=vm.ram_fd,
                 kick=vm.kick_fd(disk.port),

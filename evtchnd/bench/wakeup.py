@@ -25,8 +25,9 @@ from typing import Any
 
 from evtchnd.bench import wakeupchannels, wakeupkvm
 from evtchnd.bench.lab import run_inside
+from evtchnd.bench.program import build
 from evtchnd.bench.report import Report, median
-from evtchnd.bench.wakeupserved import FRONT_CPU, SOURCE, Channels, Server, build
+from evtchnd.bench.wakeupserved import FRONT_CPU, SOURCE, Channels, Server
 from evtchnd.errors import HostError
 
 PLACES = ("soft", "channels", "host", "lab")

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evtchnd.bench.program import build
 from evtchnd.bench.report import Report
-from evtchnd.bench.wakeupserved import FRONT_CPU, Channels, Server, build
+from evtchnd.bench.wakeupserved import FRONT_CPU, Channels, Server
 from evtchnd.errors import HostError
 from evtchnd.vmm.kvm import XenHvm
 from evtchnd.vmm.kvm_agent import BASE, PORT_DONE, PORT_KICK, SIZE, Agent

@@ -6,7 +6,6 @@ import contextlib
 import json
 import mmap
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -15,24 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+from evtchnd.bench.program import cpu_us
 from evtchnd.bench.wakeupserver import ANSWER_EVENT, REQUEST_EVENT, WORDS_BYTES, Given
 from evtchnd.errors import HostError
 
 SOURCE = Path(__file__).with_name("wakeup.c")
 FRONT_CPU, BACK_CPU = 0, 1
 END_S = 10.0
-
-
-def build(source: Path, target: Path, *options: str) -> bool:
-    """Compiles; False where there is no compiler. HostError with its message."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        return False
-    command = [compiler, "-O2", *options, "-o", str(target), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise HostError(f"{compiler} does not build {source.name}: {done.stderr.strip().splitlines()[-1]}")
-    return True
 
 
 class Channels:
@@ -104,9 +92,7 @@ class Server:
         return cls(channels, [str(program), "back", *(f"{k}={v}" for k, v in words.items())])
 
     def cpu_us(self) -> float:
-        """CPU time of all its threads so far, in microseconds (the scheduler's own nanoseconds)."""
-        tasks = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
-        return sum(int(path.read_text().split()[0]) for path in tasks) / 1000
+        return cpu_us(self.pid)
 
     def close(self) -> None:
         self._process.terminate()

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evtchnd.bench.program import build
 from evtchnd.bench.report import Report, median
-from evtchnd.bench.wakeupserved import build
 from evtchnd.bench.xenstored import Xenstored
 from evtchnd.bench.xenstorefill import GUESTS
 from evtchnd.bench.xenstoreserved import Load, Server

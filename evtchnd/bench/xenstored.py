@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Self
 
-from evtchnd.bench.wakeupserved import BACK_CPU, END_S, build
+from evtchnd.bench.program import build, cpu_us
+from evtchnd.bench.wakeupserved import BACK_CPU, END_S
 from evtchnd.bench.xenstorefill import VALUE
-from evtchnd.bench.xenstoreserved import cpu_us
 from evtchnd.errors import HostError
 from evtchnd.xenstore import wire
 from evtchnd.xenstore.wire import Op

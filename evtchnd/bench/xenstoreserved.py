@@ -10,15 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from evtchnd.bench.program import cpu_us
 from evtchnd.bench.wakeupserved import BACK_CPU, END_S, FRONT_CPU
 from evtchnd.bench.xenstoreserver import Given
 from evtchnd.errors import HostError
-
-
-def cpu_us(pid: int) -> float:
-    """CPU time of all threads of a process so far, in microseconds (the scheduler's own nanoseconds)."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(path.read_text().split()[0]) for path in tasks) / 1000
 
 
 class Served(Protocol):
