@@ -95,6 +95,17 @@ def _no() -> bool:
     return False
 
 
+def on_failure(pump: asyncio.Future[None], failed: Callable[[Exception], object]) -> None:
+    """`failed` gets the error that ends a pump (or a task); an end without one, or by a cancellation, is not told."""
+
+    def ended(pump: asyncio.Future[None]) -> None:
+        error = None if pump.cancelled() else pump.exception()
+        if isinstance(error, Exception):
+            failed(error)
+
+    pump.add_done_callback(ended)
+
+
 class Channel:
     """One event channel. Owns both descriptors: `close()` closes them.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from evtchnd import xenbus
 from evtchnd.abi import XenbusState
-from evtchnd.channel import Channel
+from evtchnd.channel import Channel, on_failure
 from evtchnd.errors import GuestError
 from evtchnd.grants import Page
 from evtchnd.seldom import Seldom
@@ -184,13 +184,8 @@ class Connection:
     def on_failure(self, failed: Callable[[Exception], Any]) -> None:
         """`failed` gets what ends the pump."""
 
-        def ended(pump: asyncio.Future[None]) -> None:
-            error = None if pump.cancelled() else pump.exception()
-            if isinstance(error, Exception):
-                failed(error)
-
         if self._pump is not None:
-            self._pump.add_done_callback(ended)
+            on_failure(self._pump, failed)
 
     async def _serve(self, stream: ByteStream, channel: Channel) -> None:
         # who served it before may have died between its last byte and its notification

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from evtchnd import xenbus
 from evtchnd.abi import XenbusState
+from evtchnd.channel import on_failure
 from evtchnd.errors import GuestError
 from evtchnd.seldom import Seldom
 from evtchnd.worker import messages as m
@@ -135,7 +136,7 @@ async def run(device: VifDevice) -> None:
     bus = xenbus.Backend(device.store, device.name, device.backend_path, device.frontend_path, reconfigures=True)
     async with bus:
         follower = device.loop.create_task(follow())
-        follower.add_done_callback(lambda task: _lost(task, bus.fail))
+        on_failure(follower, bus.fail)
         try:
             if device.connected is not None:
                 await bus.resume()
@@ -180,9 +181,3 @@ def features(device: VifDevice) -> dict[str, str]:
     """The backend's nodes for this vif."""
     vif = device.vif
     return netif.features(mtu=vif.mtu, carrier=vif.carrier, max_queues=vif.queues, ctrl=vif.hash)
-
-
-def _lost(task: asyncio.Task[None], failed: Callable[[Exception], None]) -> None:
-    error = None if task.cancelled() else task.exception()
-    if isinstance(error, Exception):
-        failed(error)

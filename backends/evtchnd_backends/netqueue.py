@@ -19,7 +19,7 @@ from evtchnd._core import RxRing, TxRing
 from evtchnd._core.netrx import NO_SLOTS, STEER, TAP_ERROR
 from evtchnd._core.nettx import NO_CREDIT, TAP_FULL
 from evtchnd.answers import Answers
-from evtchnd.channel import Channel
+from evtchnd.channel import Channel, on_failure
 from evtchnd.grants import Page
 from evtchnd.netif import MOST_FRAME
 from evtchnd.worker.device import VifDevice
@@ -108,13 +108,7 @@ class Queue:
         channel.watch(pending, arm)
         pump = channel.drive(self._serve(channel, send=send, receive=receive))
         self._pumps.append(pump)
-
-        def ended(pump: asyncio.Future[None]) -> None:
-            error = None if pump.cancelled() else pump.exception()
-            if isinstance(error, Exception):
-                failed(error)
-
-        pump.add_done_callback(ended)
+        on_failure(pump, failed)
 
     async def _serve(self, channel: Channel, *, send: bool, receive: bool) -> None:
         """The pump: no wait but the one for work."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from evtchnd._core import BlkRing, Req
 from evtchnd.blkif import Layout
-from evtchnd.channel import Channel
+from evtchnd.channel import Channel, on_failure
 from evtchnd.grants import Page
 from evtchnd.journal import Journal
 from evtchnd.worker.device import Device
@@ -193,13 +193,12 @@ class Queue:
         self._steps[self.ring] = channel.step
         channel.watch(self.ring.pending, self.ring.arm)
         self._pump = channel.drive(self._serve(channel, again=again))
-        self._pump.add_done_callback(lambda pump: self._ended(pump, failed))
 
-    def _ended(self, pump: asyncio.Future[None], failed: Callable[[Exception], None]) -> None:
-        error = None if pump.cancelled() else pump.exception()
-        if isinstance(error, Exception):
+        def broken(error: Exception) -> None:
             self._broken = True
             failed(error)
+
+        on_failure(self._pump, broken)
 
     async def _serve(self, channel: Channel, *, again: bool) -> None:
         """The pump: no wait but the one for work."""

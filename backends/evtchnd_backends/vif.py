@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from evtchnd.channel import Channel
+from evtchnd.channel import Channel, on_failure
 from evtchnd.errors import GuestError, HostError
 from evtchnd.grants import Page
 from evtchnd.netif import CTRL_REQUEST, CTRL_RESPONSE, parse_mac
@@ -166,14 +166,9 @@ class Vif:
     # ---- the control ring
 
     def _listen(self, ring: BackRing, channel: Channel, failed: Callable[[Exception], None]) -> None:
-        def ended(pump: asyncio.Future[None]) -> None:
-            error = None if pump.cancelled() else pump.exception()
-            if isinstance(error, Exception):
-                failed(error)
-
         channel.watch(ring.pending, ring.arm)
         self._ctrl_pump = channel.drive(self._obey(ring, channel))
-        self._ctrl_pump.add_done_callback(ended)
+        on_failure(self._ctrl_pump, failed)
 
     async def _obey(self, ring: BackRing, channel: Channel) -> None:
         """The control ring's pump."""
