@@ -8,7 +8,7 @@ response is written here first, and goes into the ring only when all that come b
 
 A worker may die between any two of these. The next one compares the two indices: where this one is ahead, it puts the
 responses in between into the ring (again) and publishes them; requests from there on are whole. Nothing has to be
-cleared. (evtchnd/_core/nettx.py and netrx.py: `push`, `inherit`)
+cleared. (evtchnd/_core/answered.py: `publish`, `take_over`)
 
 Two pages a queue, the transmit ring's first:
 

@@ -117,15 +117,11 @@ class BackRing(_Ring):
 
     def arm(self) -> bool:
         """Ask for a kick at the next request; True: there is one already. From the consumed index, never req_prod."""
-        if self.pending():
-            return True
-        self._area.store(REQ_EVENT, (self.req_cons + 1) & MASK)
-        full_fence()
-        return self.pending()
+        return self._area.arm(REQ_PROD, self.req_cons)
 
     def pending(self) -> bool:
         """A cheap look: there are requests (or a jump, which `take` tells)."""
-        return self._area.load(REQ_PROD) != self.req_cons
+        return self._area.pending(REQ_PROD, self.req_cons)
 
 
 class FrontRing(_Ring):
@@ -191,12 +187,8 @@ class FrontRing(_Ring):
 
     def arm(self) -> bool:
         """Ask for an event at the next response; True: there is one already."""
-        if self.pending():
-            return True
-        self._area.store(RSP_EVENT, (self.rsp_cons + 1) & MASK)
-        full_fence()
-        return self.pending()
+        return self._area.arm(RSP_PROD, self.rsp_cons)
 
     def pending(self) -> bool:
         """A cheap look: there are responses."""
-        return self._area.load(RSP_PROD) != self.rsp_cons
+        return self._area.pending(RSP_PROD, self.rsp_cons)

@@ -24,8 +24,9 @@ SHARED_TESTS = [
     "answers",
     "netback_hostile",
     "capture",
+    "xenstore_tree",
+    "xenstore_store",
 ]
-SHARED_TESTS += ["xenstore_tree", "xenstore_store"]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -56,7 +57,20 @@ def test_the_python_form_passes_the_same_tests() -> None:
 
 
 def test_the_forms_agree_in_every_module() -> None:
-    names = ["words", "frames", "pins", "req", "blk", "nettx", "netrx", "rxslots", "toeplitz", "framelog", "nodes"]
+    names = [
+        "words",
+        "frames",
+        "pins",
+        "req",
+        "blk",
+        "answered",
+        "nettx",
+        "netrx",
+        "rxslots",
+        "toeplitz",
+        "framelog",
+        "nodes",
+    ]
     code = f"import importlib; print({{importlib.import_module('evtchnd._core.' + n).COMPILED for n in {names}}})"
     assert python(code).stdout.strip() == f"{{{COMPILED}}}"
     assert python(code, EVTCHND_PURE="1").stdout.strip() == "{False}"

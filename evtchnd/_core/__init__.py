@@ -4,8 +4,8 @@ One source: the modules here are Cython's pure-Python mode. setup.py compiles th
 run as they are, about five times slower. `EVTCHND_PURE=1` takes the Python form although the compiled one is there.
 
 words: Mem, Area (raw words) | frames: guest frame -> address | pins: grants | req, blk: blkif batches
-nettx, netrx: netif packets, each with one writev or readv of a TAP | toeplitz: a packet's hash | framelog: copies of
-them for a capture
+answered: a netif ring's page | nettx, netrx, rxslots: netif packets, each with one writev or readv of a TAP
+toeplitz: a packet's hash | framelog: copies of packets for a capture
 nodes: XenStore's nodes and the map that holds them
 """
 

@@ -503,18 +503,11 @@ class BlkRing:
         """Ask for a kick at the next request; True: there is one already, do not sleep."""
         if self.closed:
             raise ValueError("the ring is closed")
-        if ld32(self.area.p, 0) != self.req_cons:
-            return True
-        # from what was consumed, never from req_prod read again: a request in between would never kick
-        st32(self.area.p, 4, u32(self.req_cons + 1))
-        fence()
-        return ld32(self.area.p, 0) != self.req_cons
+        return self.area.arm(0, self.req_cons)
 
     def pending(self) -> bool:
         """A cheap look: requests wait (or the index jumped, which `take` tells)."""
-        if self.closed:
-            return False
-        return ld32(self.area.p, 0) != self.req_cons
+        return not self.closed and self.area.pending(0, self.req_cons)
 
     def close(self) -> None:
         """Unpin all that is held, without answers, and let go of the pages; idempotent. The disk must be quiet."""

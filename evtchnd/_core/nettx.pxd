@@ -1,9 +1,10 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 cimport cython
+from evtchnd._core.answered cimport Answered
 from evtchnd._core.framelog cimport FrameLog
 from evtchnd._core.pins cimport Pins
 from evtchnd._core.words cimport (
-    Area, Mem, copy, fence, get8, get16, get32, get64, ld32, put8, put16, put32, put64, st32, sys_pwritev, u32,
+    Area, Mem, copy, get8, get16, get32, get64, put8, put16, put32, put64, sys_pwritev, u32,
 )
 
 
@@ -22,18 +23,12 @@ cdef class TxRing:
     cdef readonly Mem head
 
     cdef Pins grants
+    cdef Answered ring
     cdef object memory
     cdef bint closed
     cdef Area area
     cdef Mem answers, taken, extra, iov
-    cdef uint32_t published
 
-    @cython.locals(target=uint32_t, waiting=Py_ssize_t, i=uint32_t)
-    cdef void inherit(self) except *
-    @cython.locals(start=Py_ssize_t, n=Py_ssize_t, part=Py_ssize_t)
-    cdef int put(self, uint32_t old, uint32_t new) except -1
-    @cython.locals(prod=uint32_t, waiting=uint32_t)
-    cdef Py_ssize_t available(self) except -1
     @cython.locals(waiting=Py_ssize_t, done=Py_ssize_t, got=Py_ssize_t)
     cpdef Py_ssize_t run(self, int fd, Py_ssize_t most) except -1
     @cython.locals(start=uint32_t, total=int, used=int, extras=int, gso_type=int, gso_size=int, member=int, more=int, kind=int, drop=int, parts=int, rest=int, at=Py_ssize_t, size=int)
@@ -56,7 +51,6 @@ cdef class TxRing:
     cdef Py_ssize_t answer(self, int parts, int extras, int status) except -1
     @cython.locals(at=Py_ssize_t)
     cdef int respond(self, int id, int status) except -1
-    @cython.locals(new=uint32_t, old=uint32_t, event=uint32_t)
     cpdef bint push(self) except -1
     cpdef bint arm(self) except -1
     cpdef bint pending(self) except -1

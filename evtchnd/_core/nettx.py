@@ -22,24 +22,21 @@ try:
 except ImportError:
     from evtchnd._core import nocython as cython
 
+from evtchnd._core.answered import Answered
 from evtchnd.errors import GuestError
 
 if not cython.compiled:
     from evtchnd._core.words import (
-        Area,
         Mem,
         copy,
-        fence,
         get8,
         get16,
         get32,
         get64,
-        ld32,
         put8,
         put16,
         put32,
         put64,
-        st32,
         sys_pwritev,
         u32,
     )
@@ -107,68 +104,15 @@ class TxRing:
         self.packets = self.bytes = self.slots = 0
         self.bad = self.no_grant = self.no_header = self.no_tap = self.refused = 0
         self.reason = ""
-        self.area = Area([page.view])
         # gref, offset, flags, id, size: as in the ring, the head first
         self.taken = Mem(bytearray(12 * 32))
         self.extra = Mem(bytearray(16))
         self.head = Mem(bytearray(272))
         self.iov = Mem(bytearray(16 * 24))
-        self.answers = answers
-        # the shared rsp_prod: 0 in a new ring, where a dead worker was in an old one
-        self.req_cons = self.rsp_prod = self.published = self.area.load(8)
-        if again:
-            try:
-                self.inherit()
-            except GuestError:
-                self.area.close()  # a view that an error's traceback keeps would keep its page
-                raise
-        else:
-            st32(self.answers.p, 0, self.published)
-
-    def inherit(self) -> None:
-        """Take the ring over from a worker that may have died at it.
-
-        What it had answered is published; what it had taken besides is taken again, and may be sent twice. The pages
-        that it had pinned for a packet are the guest's own again: its marks in their entries nobody else can clear. An
-        extra's first word passes for a grant here; whatever that names is pinned and unpinned. GuestError as
-        `available`, or the guest wrote to rsp_prod.
-        """
-        target = ld32(self.answers.p, 0)
-        if u32(target - self.published) > 256:
-            raise GuestError(f"tx ring: rsp_prod is {self.published:#x}, this end left it at {target:#x}")
-        self.put(self.published, target)
-        st32(self.area.p, 8, target)
-        self.req_cons = self.rsp_prod = self.published = target
-        waiting = self.available()
-        for i in range(waiting):
-            self.slot(0, u32(self.req_cons + i))
-            try:
-                self.grants.pin_page(get32(self.taken.p, 0), False)
-            except GuestError:
-                continue
-            self.grants.unpin_page(get32(self.taken.p, 0), False)
-
-    def put(self, old: int, new: int) -> int:
-        """The answers to slots `old` up to `new` into the ring."""
-        start = (old & 255) * 12 + 64
-        n = u32(new - old) * 12
-        part = 64 + 12 * 256 - start
-        if part > n:
-            part = n
-        self.area.give(start, self.answers.p, start, part)
-        self.area.give(64, self.answers.p, 64, n - part)
-        return 0
-
-    def available(self) -> int:
-        """Requests not taken yet. GuestError: the index jumped."""
-        prod = ld32(self.area.p, 0)
-        waiting = u32(prod - self.req_cons)
-        if waiting > 256 or u32(prod - self.published) > 256:
-            raise GuestError(
-                f"tx ring: request index jumped: req_prod {prod:#x}, taken up to {self.req_cons:#x}, "
-                f"answered up to {self.published:#x}, 256 entries"
-            )
-        return waiting
+        self.ring = Answered("tx", 12, page, answers, grants, gref_at=0, write=False, again=again)
+        self.area, self.answers = self.ring.area, self.ring.answers
+        # what a dead worker had taken and not answered is taken again, and may be sent twice
+        self.req_cons = self.rsp_prod = self.ring.published
 
     def run(self, fd: int, most: int) -> int:
         """Send packets to the TAP `fd` (-1: there is none, all are dropped), until `most` slots; how many packets.
@@ -178,7 +122,7 @@ class TxRing:
         if self.closed:
             raise ValueError("the ring is closed")
         self.stopped = 0
-        waiting = self.available()
+        waiting = u32(self.ring.posted(self.req_cons, self.rsp_prod) - self.req_cons)
         done = 0
         while waiting > 0 and most > 0:
             got = self.packet(fd, waiting)
@@ -472,36 +416,20 @@ class TxRing:
         return 0
 
     def push(self) -> bool:
-        """Publish the answers, in the order of answers.py; True: the guest wants to be notified."""
+        """Publish the answers; True: the guest wants to be notified."""
         if self.closed:
             raise ValueError("the ring is closed")
-        new = self.rsp_prod
-        old = self.published
-        if new == old:
-            return False
-        st32(self.answers.p, 0, new)
-        self.put(old, new)
-        st32(self.area.p, 8, new)
-        fence()
-        event = ld32(self.area.p, 12)
-        self.published = new
-        return u32(new - event) < u32(new - old)
+        return self.ring.publish(self.rsp_prod)
 
     def arm(self) -> bool:
         """Ask for a kick at the next request; True: there is one already, do not sleep."""
         if self.closed:
             raise ValueError("the ring is closed")
-        if ld32(self.area.p, 0) != self.req_cons:
-            return True
-        st32(self.area.p, 4, u32(self.req_cons + 1))
-        fence()
-        return ld32(self.area.p, 0) != self.req_cons
+        return self.area.arm(0, self.req_cons)
 
     def pending(self) -> bool:
         """A cheap look: requests wait (or the index jumped, which `run` tells)."""
-        if self.closed:
-            return False
-        return ld32(self.area.p, 0) != self.req_cons
+        return not self.closed and self.area.pending(0, self.req_cons)
 
     def close(self) -> None:
         """Let go of the page; idempotent. Nothing is pinned between two packets."""

@@ -1,8 +1,9 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 cimport cython
+from evtchnd._core.answered cimport Answered
 from evtchnd._core.pins cimport Pins
 from evtchnd._core.words cimport (
-    Area, Mem, copy, fence, get16, get32, get64, ld32, put8, put16, put32, put64, st32, u32,
+    Area, Mem, copy, get16, get32, get64, put8, put16, put32, put64, u32,
 )
 
 
@@ -14,18 +15,12 @@ cdef class RxSlots:
     cdef readonly object reason
 
     cdef Pins grants
+    cdef Answered ring
     cdef Area area
     cdef Mem answers, pages, entry
-    cdef uint32_t published, seen
     cdef int bad_ahead
 
     cdef uint64_t address(self, uint32_t index) noexcept
-    @cython.locals(target=uint32_t, waiting=uint32_t, i=uint32_t)
-    cdef void inherit(self) except *
-    @cython.locals(start=Py_ssize_t, n=Py_ssize_t, part=Py_ssize_t)
-    cdef int put(self, uint32_t old, uint32_t new) except -1
-    @cython.locals(prod=uint32_t, waiting=uint32_t)
-    cdef uint32_t free(self) except? 0xFFFFFFFF
     @cython.locals(waiting=uint32_t, at=Py_ssize_t, usable=int)
     cdef int fill(self) except -1
     @cython.locals(p=cython.p_char, at=Py_ssize_t)
@@ -34,7 +29,6 @@ cdef class RxSlots:
     cdef int answer(self, int flags, int offset, int status) except -1
     @cython.locals(at=Py_ssize_t)
     cdef int give(self) except -1
-    @cython.locals(new=uint32_t, old=uint32_t, event=uint32_t)
     cpdef bint push(self) except -1
     cpdef bint arm(self) except -1
     cpdef bint pending(self) except -1

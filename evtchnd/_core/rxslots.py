@@ -10,11 +10,12 @@ try:
 except ImportError:
     from evtchnd._core import nocython as cython
 
-from evtchnd._core.words import Area, Mem
+from evtchnd._core.answered import Answered
+from evtchnd._core.words import Mem
 from evtchnd.errors import GuestError
 
 if not cython.compiled:
-    from evtchnd._core.words import copy, fence, get16, get32, get64, ld32, put8, put16, put32, put64, st32, u32
+    from evtchnd._core.words import copy, get16, get32, get64, put8, put16, put32, put64, u32
 
 if TYPE_CHECKING:
     from evtchnd._core.pins import Pins
@@ -43,70 +44,18 @@ class RxSlots:
 
     def __init__(self, grants: Pins, page: Any, answers: Mem, *, again: bool) -> None:
         self.grants = grants
-        self.answers = answers
-        self.area = Area([page.view])
+        self.ring = Answered("rx", 8, page, answers, grants, gref_at=4, write=True, again=again)
+        self.area, self.answers = self.ring.area, self.ring.answers
         self.pages = Mem(bytearray(16 * 256))
         self.entry = Mem(bytearray(8))
         self.closed = False
         self.reason = ""
         self.used = self.bad_grants = self.bad_ahead = 0
-        self.req_cons = self.rsp_prod = self.published = self.seen = self.area.load(8)
-        if again:
-            try:
-                self.inherit()
-            except GuestError:
-                self.area.close()  # a view that an error's traceback keeps would keep its page
-                raise
-        else:
-            st32(self.answers.p, 0, self.published)
-
-    def inherit(self) -> None:
-        """Take the ring over from a worker that may have died at it.
-
-        What it had answered is published. The pages that it had pinned ahead are the guest's own again: its marks in
-        their entries nobody else can clear. GuestError as `free`, or the guest wrote to rsp_prod.
-        """
-        target = ld32(self.answers.p, 0)
-        if u32(target - self.published) > 256:
-            raise GuestError(f"rx ring: rsp_prod is {self.published:#x}, this end left it at {target:#x}")
-        self.put(self.published, target)
-        st32(self.area.p, 8, target)
-        self.req_cons = self.rsp_prod = self.published = self.seen = target
-        waiting = self.free()
-        for i in range(waiting):
-            copy(self.entry.p, 0, self.area.p, 64 + (u32(self.rsp_prod + i) & 255) * 8, 8)
-            try:
-                self.grants.pin_page(get32(self.entry.p, 4), True)
-            except GuestError:
-                continue
-            self.grants.unpin_page(get32(self.entry.p, 4), True)
-
-    def put(self, old: int, new: int) -> int:
-        """The answers to slots `old` up to `new` into the ring."""
-        start = (old & 255) * 8 + 64
-        n = u32(new - old) * 8
-        part = 64 + 8 * 256 - start
-        if part > n:
-            part = n
-        self.area.give(start, self.answers.p, start, part)
-        self.area.give(64, self.answers.p, 64, n - part)
-        return 0
-
-    def free(self) -> int:
-        """Slots that the guest has posted and that are not used. GuestError: the index jumped."""
-        prod = ld32(self.area.p, 0)
-        waiting = u32(prod - self.rsp_prod)
-        if u32(prod - self.req_cons) > 256 or waiting > 256 or u32(prod - self.published) > 256:
-            raise GuestError(
-                f"rx ring: request index jumped: req_prod {prod:#x}, taken up to {self.req_cons:#x}, "
-                f"answered up to {self.published:#x}, 256 entries"
-            )
-        self.seen = prod
-        return waiting
+        self.req_cons = self.rsp_prod = self.ring.published
 
     def fill(self) -> int:
-        """Take pages ahead, 64 at most; -> how many usable ones follow one another from the first."""
-        waiting = self.free()
+        """Take pages ahead, 64 at most; -> how many usable ones follow one another from the first. GuestError."""
+        waiting = u32(self.ring.posted(self.req_cons, self.rsp_prod) - self.rsp_prod)
         if waiting > 64:
             waiting = 64
         while u32(self.req_cons - self.rsp_prod) < waiting:
@@ -171,36 +120,20 @@ class RxSlots:
         return 0
 
     def push(self) -> bool:
-        """Publish the answers, in the order of answers.py; True: the guest wants to be notified."""
+        """Publish the answers; True: the guest wants to be notified."""
         if self.closed:
             raise ValueError("the ring is closed")
-        new = self.rsp_prod
-        old = self.published
-        if new == old:
-            return False
-        st32(self.answers.p, 0, new)
-        self.put(old, new)
-        st32(self.area.p, 8, new)
-        fence()
-        event = ld32(self.area.p, 12)
-        self.published = new
-        return u32(new - event) < u32(new - old)
+        return self.ring.publish(self.rsp_prod)
 
     def arm(self) -> bool:
         """Ask for a kick at the next page; True: there is one that was not seen."""
         if self.closed:
             raise ValueError("the ring is closed")
-        if ld32(self.area.p, 0) != self.seen:
-            return True
-        st32(self.area.p, 4, u32(self.seen + 1))
-        fence()
-        return ld32(self.area.p, 0) != self.seen
+        return self.area.arm(0, self.ring.seen)
 
     def pending(self) -> bool:
         """A cheap look: pages were posted since the last `run` (or the index jumped, which `run` tells)."""
-        if self.closed:
-            return False
-        return ld32(self.area.p, 0) != self.seen
+        return not self.closed and self.area.pending(0, self.ring.seen)
 
     def close(self) -> None:
         """Unpin the pages that were taken ahead, without answers, and let go of the ring; idempotent."""

@@ -55,3 +55,5 @@ cdef class Area:
     cdef int give(self, Py_ssize_t off, const char *source, Py_ssize_t source_off, Py_ssize_t n) except -1
     cpdef uint32_t load(self, Py_ssize_t off) except? 0xFFFFFFFF
     cpdef void store(self, Py_ssize_t off, uint32_t value) except *
+    cpdef bint pending(self, Py_ssize_t at, uint32_t seen) except -1
+    cpdef bint arm(self, Py_ssize_t at, uint32_t seen) except -1

@@ -304,6 +304,23 @@ class Area:
             raise IndexError(off)
         st32(self.p, off, value)
 
+    def pending(self, at: int, seen: int) -> bool:
+        """A cheap look: the producer's index at `at` (0: requests, 8: responses) is another one than `seen`."""
+        if not 0 <= at <= 4088 or not self.size:
+            raise IndexError(at)
+        return ld32(self.p, at) != seen
+
+    def arm(self, at: int, seen: int) -> bool:
+        """Ask for an event at the first entry from `seen` on, in the word behind the index; True: there is one already.
+
+        From what was consumed, never from the index read again: an entry in between would never be told.
+        """
+        if self.pending(at, seen):
+            return True
+        st32(self.p, at + 4, u32(seen + 1))
+        fence()
+        return ld32(self.p, at) != seen
+
     def read(self, off: int, n: int) -> bytes:
         """A copy of `n` bytes (at most 4096), across pages."""
         if not (off >= 0 and 0 <= n <= 4096 and off + n <= self.size):
