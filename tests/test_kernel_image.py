@@ -148,6 +148,17 @@ def test_the_cache_does_not_grow(tmp_path: Path, own_cache: Path) -> None:
     assert len(list(own_cache.iterdir())) == kernel_image.KEPT
 
 
+def test_what_is_used_stays_in_the_cache(tmp_path: Path, own_cache: Path) -> None:
+    (tmp_path / "used").write_bytes(bzimage(gzip.compress(pvh_elf())))
+    kernel_image.elf_image(tmp_path / "used")
+    (used,) = own_cache.iterdir()
+    for i in range(kernel_image.KEPT + 1):
+        os.utime(used, (0, 0))
+        kernel_image.elf_image(tmp_path / "used")
+        kernel_image.elf_image(written(tmp_path, bzimage(gzip.compress(pvh_elf(noise=i)))))
+        assert used.exists()
+
+
 def test_without_a_cache_it_works_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

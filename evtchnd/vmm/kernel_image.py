@@ -96,6 +96,8 @@ def _place(path: Path, info: os.stat_result) -> Path:
 def _mapped(kept: Path) -> memoryview:
     """OSError, ValueError (empty): it is not there. Nobody cuts it off under the mapping: it is only replaced."""
     with kept.open("rb") as file:
+        with contextlib.suppress(OSError):
+            os.utime(file.fileno())  # those that nobody uses go first
         return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE))
 
 
