@@ -24,24 +24,12 @@ import os
 from evtchnd._core.words import Mem
 from evtchnd.abi import PAGE_SIZE
 from evtchnd.errors import HostError
-from evtchnd.memory import map_range
-
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+from evtchnd.memory import map_range, sealed_memfd
 
 
 def create(queues: int, name: str) -> int:
     """Of a vif with `queues` queues; -> the memfd, sealed, the caller's. HostError if there is none to be had."""
-    try:
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except OSError as error:
-        raise HostError(f"{name}: {error.strerror}") from None
-    try:
-        os.ftruncate(fd, 2 * queues * PAGE_SIZE)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
-        os.close(fd)
-        raise HostError(f"{name}: {error.strerror}") from None
-    return fd
+    return sealed_memfd(name, 2 * queues * PAGE_SIZE, name)
 
 
 class Answers:

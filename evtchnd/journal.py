@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 from evtchnd._core.words import Mem
 from evtchnd.errors import GuestError, HostError
-from evtchnd.memory import map_range
+from evtchnd.memory import map_range, sealed_memfd
 
 MAGIC = 0x4C4A5645
 VERSION = 1
@@ -46,8 +46,6 @@ FREE, INFLIGHT, DONE = 0, 1, 2
 MAX_ENTRIES = 1024
 # As many as config.Vbd.max_queues may say
 MAX_QUEUES = 64
-
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def size_of(entries: int) -> int:
@@ -64,21 +62,14 @@ def create(entries: int, *, queues: int = 1, name: str) -> int:
         raise ValueError(f"a journal has 1 to {MAX_ENTRIES} entries, not {entries}")
     if not 0 < queues <= MAX_QUEUES:
         raise ValueError(f"1 to {MAX_QUEUES} queues have journals, not {queues}")
+    fd = sealed_memfd(name, queues * size_of(entries), f"journal {name}")
+    head = b"".join(word.to_bytes(4, "little") for word in (MAGIC, VERSION, entries, STRIDE))
     try:
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except OSError as error:
-        raise HostError(f"journal {name}: {error.strerror}") from None
-    try:
-        os.ftruncate(fd, queues * size_of(entries))
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        head = b"".join(word.to_bytes(4, "little") for word in (MAGIC, VERSION, entries, STRIDE))
         for queue in range(queues):
             os.pwrite(fd, head, queue * size_of(entries))
-    except BaseException as error:
+    except OSError as error:
         os.close(fd)
-        if isinstance(error, OSError):
-            raise HostError(f"journal {name}: {error.strerror}") from None
-        raise
+        raise HostError(f"journal {name}: {error.strerror}") from None
     return fd
 
 

@@ -103,6 +103,21 @@ def check_memfd(fd: int, offset: int, length: int, what: str, *, hugetlb: bool =
     _check(fd, offset, length, what, hugetlb=hugetlb, foreign=False)
 
 
+def sealed_memfd(name: str, size: int, what: str) -> int:
+    """A new memfd of `size` zeros, which nobody can make shorter or longer; the caller's. HostError: there is none."""
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise HostError(f"{what}: {error.strerror}") from None
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        os.close(fd)
+        raise HostError(f"{what}: {error.strerror}") from None
+    return fd
+
+
 class Region(NamedTuple):
     """A mapping: `area` owns the address range, `view` is the memory in it."""
 

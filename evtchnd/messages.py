@@ -74,6 +74,10 @@ class Feature(IntFlag):
     VIF = 8  # daemon: serves VIF and VIF_REMOVE
 
 
+ALL_FEATURES = Feature.RESUME | Feature.DISK | Feature.CONSOLE | Feature.VIF
+"""The optional parts that this version knows."""
+
+
 class Kind(IntEnum):
     """Which table TABLE_BEGIN, TABLE_CHUNK and TABLE_COMMIT are about."""
 

@@ -28,6 +28,8 @@ TX_SLOTS_AFTER_HEAD = 18
 """XEN_NETIF_NR_SLOTS_MIN: what every backend takes."""
 MOST_FRAME = 65535 + 14 + 8
 """An IP packet, its Ethernet header and two VLAN tags."""
+MOST_SNAP = 262144
+"""Bytes of a frame in a capture: as tcpdump, and more than any has."""
 
 
 class TxFlag(IntFlag):

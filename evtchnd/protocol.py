@@ -26,6 +26,7 @@ from enum import Enum, auto
 
 from evtchnd.errors import VmmError
 from evtchnd.messages import (
+    ALL_FEATURES,
     ALL_PORTS,
     MAX_FDS,
     MAX_GFN,
@@ -255,6 +256,7 @@ def _unpack_body(header: Header, body: bytes, nfds: int) -> Body:
 
 
 __all__ = [
+    "ALL_FEATURES",
     "ALL_PORTS",
     "Ack",
     "BindPorts",

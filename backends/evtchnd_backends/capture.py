@@ -19,6 +19,7 @@ from time import time_ns
 
 from evtchnd._core import FrameLog
 from evtchnd.errors import HostError
+from evtchnd.netif import MOST_SNAP
 from evtchnd.worker.device import VifDevice
 
 from . import pcapng
@@ -27,8 +28,6 @@ log = logging.getLogger(__name__)
 
 # A batch of a ring is 64 packets, of 64 KiB each at most: two of them; and 80,000 small frames. tcpdump takes 2 MiB.
 BUFFER_BYTES = 8 << 20
-# As tcpdump; no frame of a vif is longer (MOST_FRAME).
-MOST_SNAP = 262144
 # Of one vif: each costs its buffer, and a copy of every frame.
 MOST = 4
 # What a reader has at the end, or at the vif's, to take what waits.

@@ -10,6 +10,7 @@ from typing import Any
 from evtchnd import vifspec
 from evtchnd.cli import capture
 from evtchnd.cli.varlink import Client
+from evtchnd.netif import MOST_SNAP
 
 Asked = argparse.Namespace
 # What evtchnctl.py lends: a client; a domain's number; an answer as text or JSON; a table.
@@ -18,7 +19,6 @@ Number = Callable[[Client, str], int]
 Say = Callable[[Asked, Any, str], None]
 Table = Callable[..., None]
 
-_MOST_SNAP = 262144
 # Each the sum of the counters that begin so: packets are dropped for several reasons.
 _COUNTED = ("tx_packets", "tx_bytes", "tx_dropped", "rx_packets", "rx_bytes", "rx_dropped")
 
@@ -50,7 +50,7 @@ class Verbs:
         change.add_argument("--carrier", choices=("up", "down"), help="the link, as the guest sees it")
         taken.add_argument("device", metavar="VIF", help="the name of its host's end, or vifDOMID.DEVID: vif7.0")
         taken.add_argument("-w", "--write", metavar="FILE", default="-", help="where to; -: standard output (a pipe)")
-        taken.add_argument("-s", "--snap", type=_count(_MOST_SNAP), default=0, metavar="BYTES", help="keep of a packet")
+        taken.add_argument("-s", "--snap", type=_count(MOST_SNAP), default=0, metavar="BYTES", help="keep of a packet")
         taken.add_argument("-c", "--count", type=_count(1 << 62), default=0, metavar="N", help="end after N packets")
 
     def _attach(self, args: Asked) -> None:

@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 from evtchnd import diskspec, vifspec
 from evtchnd.control import varlink
 from evtchnd.errors import EvtchndError, OperatorError
+from evtchnd.netif import MOST_SNAP
 
 if TYPE_CHECKING:
     from evtchnd.control.config import Limits
@@ -31,8 +32,6 @@ DESCRIPTION = files(__package__).joinpath(f"{NAME}.varlink").read_text("utf-8")
 # a domain's number on the wire has 16 bits; which of them are domains the daemon knows
 Domid = Annotated[int, Meta(ge=0, le=0xFFFF)]
 T = TypeVar("T", bound=Struct)
-# bytes of a frame: tcpdump's, and more than any has
-MOST_SNAP = 262144
 
 
 class Domain(Struct, frozen=True):

@@ -28,7 +28,7 @@ from evtchnd.worker.link import Link
 log = logging.getLogger(__name__)
 
 # What the daemon has of the optional parts of the protocol.
-FEATURES = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE | p.Feature.VIF
+FEATURES = p.ALL_FEATURES
 # Requests that wait behind one that takes its time (START): a VMM sends its tables in a few messages and waits.
 _MOST_REQUESTS = 64
 

@@ -110,7 +110,7 @@ class Client:
         on_unbind: OnUnbind,
         on_lost: Callable[[], None] | None = None,
         timeout: float = 10.0,
-        features: int = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE | p.Feature.VIF,
+        features: int = p.ALL_FEATURES,
         thread: bool = True,
     ) -> None:
         self._on_bind, self._on_unbind, self._on_lost = on_bind, on_unbind, on_lost

@@ -73,9 +73,7 @@ class Guest:
 
     # the way of a domain, step by step
 
-    def hello(
-        self, features: int = p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE | p.Feature.VIF
-    ) -> p.HelloReply:
+    def hello(self, features: int = p.ALL_FEATURES) -> p.HelloReply:
         reply = self.line.well(p.Hello(p.VERSION, features))
         if not isinstance(reply, p.HelloReply):
             raise CaseFailed("the reply to HELLO is empty")

@@ -58,9 +58,7 @@ class Suite:
     def _answer(self, message: p.Message, fds: list[int]) -> p.Body:
         if isinstance(message, p.Hello):
             require(message.version == p.VERSION, f"HELLO with version {message.version}, {p.VERSION} is due")
-            return p.HelloReply(
-                features=message.features & (p.Feature.RESUME | p.Feature.DISK | p.Feature.CONSOLE | p.Feature.VIF)
-            )
+            return p.HelloReply(features=message.features & p.ALL_FEATURES)
         if isinstance(message, p.Register):
             self.domid = message.domid
         elif isinstance(message, p.TableBegin):

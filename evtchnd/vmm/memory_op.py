@@ -49,6 +49,7 @@ _MAX_ORDER = 9
 # In one call: a vCPU that is in the VMM hears nothing of the VM's end. Linux and FreeBSD hand over a page of frame
 # numbers (512) at most, and cannot do with less.
 _MAX_EXTENTS = 4096
+_GFNS = 1 << 40  # as far as a frame may be put
 _SPACE_SHARED_INFO, _SPACE_GRANT_TABLE = 0, 1  # XENMAPSPACE_*
 
 _DOMID = Layout("H")
@@ -127,6 +128,8 @@ class MemoryOp:
 
     def _add(self, space: int, index: int, gfn: int) -> int:
         match space:
+            case 0 | 1 if gfn >= _GFNS:
+                return -errno.EINVAL
             case 0 if index == 0:
                 result = self._place_shared_info(gfn)
                 if not result:
@@ -134,7 +137,7 @@ class MemoryOp:
                 return result
             case 1:
                 # bit 31: the status frames of version 2
-                return self._frames.map(index, gfn) if gfn < 1 << 40 else -errno.EINVAL
+                return self._frames.map(index, gfn)
         return -errno.EINVAL if space in (_SPACE_SHARED_INFO, 2, 3) else -errno.EPERM
 
     def _add_batch(

@@ -16,8 +16,6 @@ from evtchnd.vmm.kvm import INVALID_GFN, XenVm
 from evtchnd.vmm.kvm_kernel import KvmKernel
 from evtchnd.vmm.physmap import Memory, Physmap, Slot
 
-_GFNS = 1 << 40  # as far as a frame may be
-
 
 class SharedInfoPage:
     """Of one domain. `registered`: vCPUs that have a vcpu_info elsewhere; `spare`: a page for a frame without RAM."""
@@ -44,13 +42,13 @@ class SharedInfoPage:
     def place(self, gfn: int | None) -> int:
         """The page is at `gfn`; what it held is there too. None: nowhere. 0 or a negated error number."""
         with self._channels.lock:
-            before = self._gfn
-            if gfn is None or gfn == before:
-                if gfn is None:
-                    self.forget()
+            if gfn is None:
+                self.forget()
+                return 0
+            if gfn == self._gfn:
                 return 0
             found = self._physmap.find(gfn)
-            if gfn >= _GFNS or (found is not None and found[0] is not self._ram):
+            if found is not None and found[0] is not self._ram:
                 return -errno.EINVAL
             old, content = self._page, bytes(PAGE_SIZE)
             if old is not None:
