@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import benchrun
 
 RATIOS = {
     "blk.soft.rand4k_qd32.iops_over_c",
@@ -21,15 +21,8 @@ RATIOS = {
 
 
 def bench(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    short = ("--rounds", "2", "--ms", "50", "--dir", str(tmp_path))
-    return subprocess.run(
-        [sys.executable, "-m", "evtchnd.bench", "blk", *short, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    short = ("--rounds", "2", "--ms", "50", "--dir", tmp_path)
+    return benchrun.run("blk", *short, *arguments, **environment)
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler: apt-get install gcc libc6-dev")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import benchrun
 from evtchnd.bench import net
 from netns import possible
 
@@ -18,15 +17,8 @@ RATIOS = {"net.soft.gso.rate_over_c", "net.soft.pps64_over_c"}
 
 
 def bench(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    short = ("--rounds", "2", "--ms", "50", "--dir", str(tmp_path), "--places", "soft")
-    return subprocess.run(
-        [sys.executable, "-m", "evtchnd.bench", "net", *short, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    short = ("--rounds", "2", "--ms", "50", "--dir", tmp_path, "--places", "soft")
+    return benchrun.run("net", *short, *arguments, **environment)
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler: apt-get install gcc libc6-dev")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import benchrun
 from kvmguest import why_no_kvm
 
 RATIOS = {
@@ -26,21 +24,12 @@ RATIOS = {
     "wakeup.idle_256_channels_cpu",
 }
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler: apt-get install gcc libc6-dev")
-ROOT = Path(__file__).parent.parent
 
 
 def bench(*arguments: str, **environment: str) -> tuple[dict[str, Any], str]:
     """What it writes as JSON, and its table."""
     short = ("--rounds", "2", "--kicks", "50", "--ms", "20", "--json", "-")
-    done = subprocess.run(
-        [sys.executable, "-m", "evtchnd.bench", "wakeup", *short, *arguments],
-        env=os.environ | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = benchrun.run("wakeup", *short, *arguments, seconds=300, **environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 
@@ -99,12 +88,6 @@ def test_without_a_compiler_it_says_what_was_not_run() -> None:
 
 
 def test_a_place_that_does_not_exist() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "evtchnd.bench", "wakeup", "--places", "moon"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = benchrun.run("wakeup", "--places", "moon")
     assert done.returncode == 1
     assert "moon" in done.stderr

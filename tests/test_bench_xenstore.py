@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import benchrun
 
 RATIOS = {
     "xenstore.read_over_echo",
@@ -24,20 +23,11 @@ RATIOS = {
     "xenstore.walk_120k_nodes_s",
     "xenstore.walk_longest_pause_s",
 }
-ROOT = Path(__file__).parent.parent
 
 
 def bench(*arguments: str, **environment: str) -> tuple[dict[str, Any], str]:
     short = ("--rounds", "1", "--ops", "20", "--nodes", "12000", "--json", "-")
-    done = subprocess.run(
-        [sys.executable, "-m", "evtchnd.bench", "xenstore", *short, *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = benchrun.run("xenstore", *short, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 

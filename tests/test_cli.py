@@ -76,6 +76,12 @@ class Running:
         self.said += rest
         return self.process.returncode
 
+    def ends_well(self) -> None:
+        """In order, and it has said nothing of a defect."""
+        assert self.end() == 0
+        assert "Traceback" not in self.said
+        assert "defect" not in self.said
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.end()

@@ -31,9 +31,7 @@ ROOT = Path(__file__).parent.parent
 def daemon(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Running]:
     with running(tmp_path / "run", *request.param) as it:
         yield it
-        assert it.end() == 0
-    assert "Traceback" not in it.said
-    assert "defect" not in it.said
+        it.ends_well()
 
 
 @contextmanager

@@ -15,14 +15,11 @@ from daemonprocess import until
 from evtchnd import transport
 from evtchnd.control import tap
 from evtchnd.errors import OperatorError
-from evtchnd.guest.domain import Domain
 from evtchnd.guest.netfront import Netfront
-from evtchnd.guest.xenstore import XenStore
 from evtchnd.vmm.client import Refused
-from evtchnd.vmm.soft import SoftVmm
 from hostnetwork import Namespace, answering, namespace
 from test_cli import Running, ctl
-from test_network import GUEST, MAC, MIB, said, vif
+from test_network import GUEST, MAC, said, soft_guest, vif
 
 HOST = "10.77.0.1"
 BYTES = bytes.fromhex(MAC.replace(":", ""))
@@ -45,23 +42,9 @@ def daemon_in(
     try:
         it.wait_until_ready()
         yield it
-        assert it.end() == 0
+        it.ends_well()
     finally:
         it.close()
-    assert "Traceback" not in it.said
-    assert "defect" not in it.said
-
-
-@contextmanager
-def soft(daemon: Running) -> Iterator[tuple[SoftVmm, Domain, XenStore]]:
-    with SoftVmm(daemon.folder / "vmm.sock", 7, memory=32 * MIB, name="guest") as vm:
-        domain = Domain(vm)
-        store = XenStore(domain)
-        try:
-            yield vm, domain, store
-        finally:
-            store.close()
-            domain.close()
 
 
 @contextmanager
@@ -80,10 +63,10 @@ def test_a_vmm_passes_the_queues_of_a_tap(tmp_path: Path, arguments: list[str]) 
         namespace() as there,
         queues(there, "tap0", 2) as fds,
         daemon_in(None, tmp_path / "run", (), *arguments) as daemon,
-        soft(daemon) as (vm, domain, store),
+        soft_guest(daemon) as (domain, store),
     ):
         there.netns.up("tap0", f"{HOST}/24")
-        vm.client.vif(3, BYTES, fds, mtu=1400)
+        domain.vm.client.vif(3, BYTES, fds, mtu=1400)
         transport.close_all(fds)
         fds.clear()
         shown = vif(daemon)
@@ -91,24 +74,24 @@ def test_a_vmm_passes_the_queues_of_a_tap(tmp_path: Path, arguments: list[str]) 
         assert (shown["mtu"], shown["queues"], shown["link"]) == (1400, 2, "not watched")
         assert shown["tap"].startswith("descriptor of ")
         with pytest.raises(Refused, match="vif 3 is there already"), queues(there, "tap1") as other:
-            vm.client.vif(3, BYTES, other)
+            domain.vm.client.vif(3, BYTES, other)
         card = Netfront(domain, store, 3, queues=2)
         card.connect()
         with answering(card):
             there.ping(GUEST, 5)
         card.disconnect()
-        vm.client.vif_remove(3)
+        domain.vm.client.vif_remove(3)
         with pytest.raises(Refused, match="no vif 3"):
-            vm.client.vif_remove(3)
+            domain.vm.client.vif_remove(3)
         assert there.link("tap0") == ""  # nobody has it open any more
 
 
 def test_one_in_the_daemons_namespace_is_watched_and_left_alone(tmp_path: Path) -> None:
     with namespace() as there, daemon_in(there, tmp_path / "run") as daemon:
         there.bridge("br0")
-        with queues(there, "tap0") as fds, soft(daemon) as (vm, _, _):
+        with queues(there, "tap0") as fds, soft_guest(daemon) as (domain, _):
             there.ip("link set tap0 mtu 1300 alias mine master br0")
-            vm.client.vif(0, BYTES, fds)
+            domain.vm.client.vif(0, BYTES, fds)
             shown = vif(daemon)
             assert (shown["mtu"], shown["link"], shown["bridge"]) == (1300, "down", "")
             assert "alias mine" in there.link("tap0")
@@ -116,7 +99,7 @@ def test_one_in_the_daemons_namespace_is_watched_and_left_alone(tmp_path: Path) 
             there.ip("link set tap0 mtu 1350 up")
             until(lambda: (vif(daemon)["mtu"], vif(daemon)["link"]) == (1350, "up"), "its changes are seen")
             with pytest.raises(Refused, match="vif 1: tap0: another vif has it"):
-                vm.client.vif(1, bytes([0, 0x16, 0x3E, 0, 0, 8]), fds)
+                domain.vm.client.vif(1, bytes([0, 0x16, 0x3E, 0, 0, 8]), fds)
             there.ip("link del tap0")
             until(lambda: vif(daemon)["link"] == "deleted", "and its end")
             there.ip("tuntap add dev tap0 mode tap multi_queue vnet_hdr")  # another one, not ours
@@ -152,7 +135,7 @@ TAP_, PI, VNET, MULTI, TUN_ = 0x2, 0x1000, 0x4000, 0x100, 0x1
 def test_what_is_no_such_tap_is_refused_with_one_line(
     tmp_path: Path, flags: int | None, count: int, reason: str
 ) -> None:
-    with namespace() as there, daemon_in(None, tmp_path / "run") as daemon, soft(daemon) as (vm, _, _):
+    with namespace() as there, daemon_in(None, tmp_path / "run") as daemon, soft_guest(daemon) as (domain, _):
         fds: list[int] = []
         try:
             for _ in range(count):
@@ -163,7 +146,7 @@ def test_what_is_no_such_tap_is_refused_with_one_line(
                 else:
                     fds.append(os.dup(fds[0]))
             with pytest.raises(Refused) as refused:
-                vm.client.vif(0, BYTES, fds)
+                domain.vm.client.vif(0, BYTES, fds)
             assert reason in str(refused.value)
         finally:
             transport.close_all(fds)
@@ -190,7 +173,7 @@ def test_systemd_passes_taps_by_name(tmp_path: Path) -> None:
     with namespace() as there, queues(there, "tap0", 2) as fds:
         there.bridge("br0")
         passed = [("tap-net0", fd) for fd in fds]
-        with daemon_in(there, tmp_path / "run", passed) as daemon, soft(daemon) as (_, domain, store):
+        with daemon_in(there, tmp_path / "run", passed) as daemon, soft_guest(daemon) as (domain, store):
             for _ in range(2):  # what was passed is there again after a detach
                 said(daemon, "network-attach", "7", f"mac={MAC},bridge=br0,vifname=net0")
                 shown = vif(daemon)
