@@ -58,7 +58,7 @@ def extensions() -> list[Extension]:
             f"evtchnd._core.{path.stem}",
             [str(path)],
             include_dirs=[str(CORE)],
-            depends=[str(CORE / "words.h"), *map(str, sorted(CORE.glob("*.pxd")))],
+            depends=[str(path) for suffix in ("h", "pxd") for path in sorted(CORE.glob(f"*.{suffix}"))],
             extra_compile_args=["-O2", "-fno-strict-aliasing", "-Wno-sign-compare"],
         )
         for path in sorted(CORE.glob("*.py"))
