@@ -25,13 +25,15 @@ sleep and a kick cost the same with four thousand channels as with one.
 Kick eventfds are in the epoll edge-triggered: each write is one event, so nobody reads them. With thousands of channels
 most of a kick's cost is memory that is cold when it comes, and so there is little of it: one epoll entry in the kernel,
 the `Channel` and its coroutine here, none of the loop's own objects. A guest that kicks a ring which is not armed is
-not heard until it is: its kicks then cost nobody anything.
+not heard until it is: its kicks then cost nobody anything. One that kicks a ring which is armed, and brings nothing, is
+heard late after the first few (spurious.py); a kick that brings work, in the same look that finds it, ends that.
 
 The window adapts, as KVM's halt polling does (Documentation/virt/kvm/halt-polling.rst), with one difference. KVM
 compares the time it slept with the longest window. Here that time contains the wake-up of this CPU, which is often
 longer than the window itself, so it cannot tell a guest that comes back after 20 us from one that comes back after 80.
-Therefore it is tried: a hit doubles the window, a miss halves it down to nothing, and after a try that did not pay the
-next one waits for twice as many short sleeps.
+Therefore it is tried, always with the longest window: a try ends with MOST_IN_VAIN windows in a row that found nothing,
+and after a try that did not pay the next one waits for twice as many short sleeps. A window that each miss halves would
+soon be shorter than every pause of a guest that comes back within the longest one two times in three.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from evtchnd._core.channel import (
-    LEAST_NS,
+    MOST_IN_VAIN,
     MOST_KICKED,
     MOST_SKIPPED,
     SLICE_NS,
@@ -52,7 +54,7 @@ from evtchnd._core.channel import (
 )
 
 __all__ = [
-    "LEAST_NS",
+    "MOST_IN_VAIN",
     "MOST_KICKED",
     "MOST_SKIPPED",
     "SLICE_NS",

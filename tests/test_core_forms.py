@@ -15,6 +15,7 @@ from evtchnd._core import COMPILED
 ROOT = Path(__file__).parents[1]
 SHARED_TESTS = [
     "words",
+    "channel",
     "memory",
     "grants",
     "ring",

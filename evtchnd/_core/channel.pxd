@@ -17,6 +17,7 @@ cdef class Channel:
     cdef readonly int notify_fd
     cdef readonly object name
     cdef public long long wakeups
+    cdef public long long spurious
     cdef public long long notifications
     cdef readonly bint closed
     cdef public object pending
@@ -24,9 +25,10 @@ cdef class Channel:
     cdef public bint more
     cdef public bint muted
     cdef public long long until
+    cdef public long long idle
 
     cdef object __weakref__
-    cdef long long _kicks
+    cdef object _kicks  # a guest may make it any sum of 64-bit numbers
     cdef Poller _poller
     cdef bint _own
     cdef object _coro
@@ -41,6 +43,8 @@ cdef class Channel:
     @cython.locals(found=bint, looked_at=bint, poller=Poller)
     cpdef bint heard(self) except -1
     cpdef object fail(self, object error)
+    @cython.locals(idle=cython.longlong)
+    cdef object _heard_in_vain(self)
     cdef object _cancel(self)
     cdef object _leave(self)
 
@@ -73,6 +77,8 @@ cdef class Poller:
     cdef int _epoll
     cdef list _by_fd
     cdef Mem _fds
+    cdef dict _late
+    cdef object _lines
 
     @cython.locals(slept_at=cython.longlong)
     cpdef object woken(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import select
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -18,8 +19,10 @@ try:
 except ImportError:
     from evtchnd._core import nocython as cython
 
+from evtchnd import spurious
 from evtchnd._core.words import Mem
 from evtchnd.errors import VmmError
+from evtchnd.seldom import Seldom
 
 if not cython.compiled:
     from evtchnd._core.words import get32, put32
@@ -45,10 +48,10 @@ if TYPE_CHECKING:
 
 COMPILED: bool = bool(cython.compiled)
 
+log = logging.getLogger("evtchnd.channel")
+
 SLICE_NS = 20_000
 """How long a poll keeps the loop from other descriptors: about what one batch of a full ring costs."""
-LEAST_NS = 6_000
-"""A shorter window than this pays for itself only by chance: a look at eight rings takes one or two us."""
 WAKE_NS = 100_000
 """What waking an idle CPU takes at most (50-100 us were measured): a sleep of up to the longest window plus this may
 have been a short pause of the guest, and is worth a try."""
@@ -61,7 +64,7 @@ MOST_IN_VAIN = 4
 MOST_KICKED = 64
 """Channels whose kicks are taken before the loop turns; the epoll keeps the others, in order."""
 MOST_SKIPPED = 1024
-"""After tries that never paid, one short sleep in so many is tried again: below 0.1 % of the CPU."""
+"""After tries that never paid, a try comes after so many short sleeps: below 0.4 % of the CPU."""
 
 
 _HEARD = select.EPOLLIN | select.EPOLLET
@@ -94,7 +97,8 @@ class Channel:
     name: for log lines and errors, as "domain 7: vbd 51712". Without a poller there is no polling: the ring is armed
     after every pump.
 
-    Counters, plain integers: `kicks` (see there), `wakeups` (times that the loop heard of them), `notifications`.
+    Counters, plain integers: `kicks` (see there), `wakeups` (times that the loop heard of them), `spurious` (those that
+    brought no work), `notifications`.
     """
 
     if TYPE_CHECKING:
@@ -102,11 +106,13 @@ class Channel:
         notify_fd: int
         name: str
         wakeups: int
+        spurious: int
         notifications: int
         closed: bool
         more: bool
         muted: bool
         until: int
+        idle: int
 
     def __init__(self, kick: int, notify: int, *, name: str, poller: Poller | None = None) -> None:
         check_eventfd(kick, f"{name}: kick", semaphore_ok=False)
@@ -118,6 +124,7 @@ class Channel:
         self.notify_fd = notify
         self.name = name
         self.wakeups = 0
+        self.spurious = 0
         self.notifications = 0
         self.closed = False
         self._kicks = 0
@@ -128,11 +135,13 @@ class Channel:
         self._running = False
         self._again = False
         # The poller's view; see Poller._look, _arm and mute. `until`: when it had no work for a window; 0: it just had.
+        # `idle`: kicks in a row that brought none.
         self.pending: Callable[[], bool] = _no
         self.arm: Callable[[], bool] = _no
         self.more = False
         self.muted = False
         self.until = 0
+        self.idle = 0
 
     @property
     def kicks(self) -> int:
@@ -249,7 +258,7 @@ class Channel:
             coro.close()
             return
         self.more = False
-        self.until = 0
+        self.until = self.idle = 0
         if self._poller is not None:
             self._poller.live[self] = None
 
@@ -265,9 +274,24 @@ class Channel:
         looked_at = poller is not None and poller.looks_at(self) and pending is not _no
         if looked_at and poller is not None:
             poller.mute(self)
-        if found or not looked_at:
+        if found:
             self.advance()
+        elif not looked_at:
+            self._heard_in_vain()
+        else:
+            self.spurious += 1
         return found
+
+    def _heard_in_vain(self) -> None:
+        """A kick without work. It is stepped all the same: a pump may have more to look at than `pending` says."""
+        idle = self.idle + 1
+        watched = self.pending is not _no
+        self.advance()
+        if watched and self._coro is not None and self._poller is not None:
+            self.spurious += 1
+            self.idle = idle
+            if idle > spurious.FREE:
+                self._poller.delay(self)
 
     def fail(self, error: Exception | None) -> None:
         """The coroutine is over (for the poller, too)."""
@@ -337,6 +361,8 @@ class Poller:
         self._epoll: Any = self._kicks.fileno() if cython.compiled else self._kicks
         self._fds = Mem(bytearray(4 * MOST_KICKED))
         self._by_fd: list[Channel | None] = []  # a dict's entry would be two more cold cache lines
+        self._late: dict[Channel, asyncio.TimerHandle] = {}
+        self._lines = Seldom()
         loop.add_reader(self._kicks.fileno(), self._on_kicks)
 
     def listen(self, channel: Channel) -> None:
@@ -350,6 +376,9 @@ class Poller:
     def forget(self, channel: Channel) -> None:
         """Ends that; before the descriptor is closed, since others hold copies of it and epoll goes by the file."""
         self.live.pop(channel, None)
+        late = self._late.pop(channel, None)
+        if late is not None:
+            late.cancel()
         if not self._closed:
             self._by_fd[channel.kick_fd] = None
             with suppress(FileNotFoundError, PermissionError):  # somebody has put another file in its place
@@ -384,6 +413,9 @@ class Poller:
             self.loop.remove_reader(source.eventfd)
         self._sources = ()
         self.live.clear()
+        for timer in self._late.values():
+            timer.cancel()
+        self._late.clear()
         self._users.clear()
         if self._next is not None:
             self._next.cancel()
@@ -524,6 +556,28 @@ class Poller:
         """Its guest kicks a ring that is not armed: not heard until it is. Such a kick then wakes nobody."""
         channel.muted = True
         self._kicks.modify(channel.kick_fd, 0)
+
+    def delay(self, channel: Channel) -> None:
+        """Its guest kicks, and brings nothing: not heard for a while. Whatever else steps it does so as before."""
+        delay = spurious.delay_s(channel.idle, len(self._late))
+        self._kicks.modify(channel.kick_fd, 0)
+        channel.count()  # what is kicked from now on is told apart; it is armed after this, which looks once more
+        self._late[channel] = self.loop.call_later(delay, self._listen_again, channel)
+        if channel.idle == spurious.FREE + 1 and (more := self._lines.due("late")) is not None:
+            log.warning(
+                "%s: kicked %d times in a row without work: heard late, by %g to %g ms, until a kick brings some%s",
+                *(channel.name, channel.idle, spurious.FIRST_S * 1000, spurious.LONGEST_S * 1000, more),
+            )
+
+    def _listen_again(self, channel: Channel) -> None:
+        del self._late[channel]
+        if channel.count():
+            self.pumped(channel.heard())
+        elif channel.idle:
+            channel.idle -= 1  # it was silent for as long as it was not heard
+        heard = channel.kick_fd < len(self._by_fd) and self._by_fd[channel.kick_fd] is channel
+        if heard and channel not in self._late and not channel.muted:
+            self._kicks.modify(channel.kick_fd, _HEARD)
 
     def _on_kicks(self) -> None:
         self.woken()

@@ -4,8 +4,8 @@ Clients ask one thing after another: the next request comes some tens of microse
 to sleep in between takes longer to wake than the request takes, and finds its caches cold: then a request costs five
 times as much as in a row. So looking costs less CPU time than sleeping would, as long as there is something to see.
 
-The window adapts as a worker's does (channel.py): a hit doubles it, a miss halves it down to nothing, and after tries
-that did not pay the next one waits for twice as many short sleeps.
+A hit doubles the window, a miss halves it down to nothing, and after tries that did not pay the next one waits for twice
+as many short sleeps, as for a worker's (channel.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import asyncio
 from collections.abc import Callable
 from time import perf_counter_ns
 
-from ..channel import LEAST_NS, MOST_SKIPPED, WAKE_NS
+from ..channel import MOST_SKIPPED, WAKE_NS
+
+LEAST_NS = 6_000
+"""A shorter window than this pays for itself only by chance."""
 
 
 class Looking:
