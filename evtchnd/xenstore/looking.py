@@ -4,8 +4,8 @@ Clients ask one thing after another: the next request comes some tens of microse
 to sleep in between takes longer to wake than the request takes, and finds its caches cold: then a request costs five
 times as much as in a row. So looking costs less CPU time than sleeping would, as long as there is something to see.
 
-A hit doubles the window, a miss halves it down to nothing, and after tries that did not pay the next one waits for twice
-as many short sleeps, as for a worker's (channel.py).
+A hit doubles the window, a miss halves it down to nothing, and after tries that did not pay the next one waits for
+twice as many short sleeps, as for a worker's (channel.py).
 """
 
 from __future__ import annotations
