@@ -23,10 +23,13 @@ from evtchnd.control import config as configuration
 from evtchnd.control import logs, sdnotify
 from evtchnd.control.config import Config, ConfigError
 from evtchnd.control.daemon import Daemon
+from evtchnd.control.fdstore import DescriptorStore
+from evtchnd.control.kept import is_kept, left_of
 from evtchnd.control.listening import Listening
 from evtchnd.control.operator import NAME, Operator, version
 from evtchnd.control.zygote import Zygote
 from evtchnd.errors import EvtchndError, HostError
+from evtchnd.keeper import Keeper
 from evtchnd.xenstore.log import Log
 
 log = logging.getLogger("evtchnd")
@@ -54,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return os.EX_CONFIG
     if args.check_config:
         return 0
+    if args.keep:
+        return _keeper(config, argv)
     logs.setup(config.log_level, config.log_format)
     notifier = sdnotify.Notifier.from_environment()
     try:
@@ -68,6 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", exc)
         return 1
     return 0
+
+
+def _keeper(config: Config, argv: Sequence[str] | None) -> int:
+    """As `--keep`: the same command without it, again and again."""
+    rest = [each for each in (sys.argv[1:] if argv is None else argv) if each != "--keep"]
+    try:
+        return Keeper(Path(config.runtime_dir), [sys.executable, "-m", "evtchnd", *rest]).run()
+    except HostError as exc:
+        print(exc, file=sys.stderr)
+        return 1
 
 
 async def _serve(
@@ -85,9 +100,21 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
     taps = {name.removeprefix(TAP): fds for name, fds in passed.items() if name.startswith(TAP)}
-    others = {name: fds for name, fds in passed.items() if name != STATE and not name.startswith(TAP)}
+    others = {
+        name: fds for name, fds in passed.items() if name != STATE and not name.startswith(TAP) and not is_kept(name)
+    }
     listening = Listening(config, others)
-    daemon = Daemon(config, zygote=zygote, listening=listening.sockets, log_of_store=state, taps=taps)
+    held = [name for name, fds in passed.items() for _ in fds]
+    keeper = DescriptorStore(notifier, held, _most_kept(config))
+    daemon = Daemon(
+        config,
+        zygote=zygote,
+        listening=listening.sockets,
+        log_of_store=state,
+        taps=taps,
+        keeper=keeper,
+        left=left_of(passed),
+    )
     operator = Operator(daemon, config.limits, listening.sockets["control"])
     watchdog = asyncio.create_task(_watchdog(notifier, period))
     try:
@@ -135,6 +162,12 @@ async def _keep(listening: Listening, notifier: sdnotify.Notifier, state: Log | 
         await notifier.barrier(_BARRIER_S)
     except EvtchndError as exc:
         log.warning("sockets and XenStore are not kept over a restart: %s", exc)
+
+
+def _most_kept(config: Config) -> int:
+    """What the service manager takes: systemd tells since 254."""
+    said = os.environ.pop("FDSTORE", "")
+    return int(said) if said.isdecimal() else config.limits.stored_descriptors
 
 
 def _state(fd: int | None, passed: dict[str, list[int]], *, kept: bool) -> Log | None:
@@ -205,6 +238,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="a memfd, empty or of an earlier run, that holds XenStore over a restart; systemd keeps one by itself",
+    )
+    add(
+        "--keep",
+        action="store_true",
+        help="hold what has to survive it, and start it whenever it ends: for hosts without systemd",
     )
     add("--single-process", action="store_true", help="no worker processes: for debugging")
     add("--log-level", choices=("debug", "info", "warning", "error"))
