@@ -62,6 +62,19 @@ class KeptDaemon:
         self.kill(number)
         self.wait(before + 1)
 
+    def held(self) -> list[str]:
+        """What the keeper holds: where its descriptors lead."""
+        folder = Path(f"/proc/{self.keeper.pid}/fd")
+        return sorted(str((folder / name).readlink()) for name in os.listdir(folder))
+
+    def state_of(self, domid: int) -> int:
+        """The memfd that the keeper holds of a domain, opened; the caller's."""
+        folder = Path(f"/proc/{self.keeper.pid}/fd")
+        for name in os.listdir(folder):
+            if f"memfd:evtchnd-{domid} " in str((folder / name).readlink()):
+                return os.open(folder / name, os.O_RDWR)
+        raise FileNotFoundError(f"no state of domain {domid}")
+
     def ctl(self, *arguments: str) -> Any:
         """`evtchnctl -o json`. HostError with what it says."""
         return evtchnctl(self.folder, *arguments)
@@ -70,6 +83,7 @@ class KeptDaemon:
         return self.log.read_text()
 
     def end(self) -> None:
+        self.keeper.send_signal(signal.SIGCONT)
         self.keeper.send_signal(signal.SIGTERM)
         self.keeper.wait(60)
 
