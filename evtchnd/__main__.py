@@ -34,8 +34,6 @@ from evtchnd.xenstore.log import Log
 
 log = logging.getLogger("evtchnd")
 
-# What is stored must be with the manager before anybody relies on it; it is one process of this host.
-_BARRIER_S = 5.0
 # XenStore's log in the descriptor store
 STATE = "xenstore"
 # What descriptors of TAPs are called there: tap-NAME (no name has a colon: LISTEN_FDNAMES)
@@ -121,7 +119,7 @@ async def _serve(
         await daemon.start()
         loop.add_signal_handler(signal.SIGHUP, _reload, daemon, reread)
         operator.start()
-        await _keep(listening, notifier, state if STATE not in passed else None)
+        await _keep(listening, keeper, state if STATE not in passed else None)
         notifier.ready(f"serving in {config.runtime_dir}")
         if not _core.COMPILED:
             log.warning("the core is not compiled and runs as Python, about five times slower: install gcc, then again")
@@ -147,21 +145,16 @@ def _reload(daemon: Daemon, reread: Callable[[], Config]) -> None:
         log.error("not reloaded: everything is as before")
 
 
-async def _keep(listening: Listening, notifier: sdnotify.Notifier, state: Log | None) -> None:
+async def _keep(listening: Listening, keeper: DescriptorStore, state: Log | None) -> None:
     """Into the descriptor store: sockets there take connections while nobody is here. Those of units are anyway.
 
     `state`: XenStore's log, unless it came from there.
     """
-    if not listening.made and state is None:
-        return
+    fds = {name: listening.sockets[name].fileno() for name in listening.made}
     try:
-        for name in listening.made:
-            notifier.store(name, listening.sockets[name].fileno())
-        if state is not None:
-            notifier.store(STATE, state.fd)
-        await notifier.barrier(_BARRIER_S)
+        await keeper.keep(fds if state is None else {**fds, STATE: state.fd}, "sockets and XenStore")
     except EvtchndError as exc:
-        log.warning("sockets and XenStore are not kept over a restart: %s", exc)
+        log.warning("not kept over a restart: %s", exc)
 
 
 def _most_kept(config: Config) -> int:

@@ -24,17 +24,19 @@ class CheckedLoad:
     """Reads and writes blocks of 4 KiB in random order, `depth` at a time, each block by one request at a time.
 
     blocks      the first so many of the disk, which are zeros
+    think_s     a pause after each batch of answers: a guest that does other things, too
     answered    requests so far
     pauses      the longest times, in seconds, in which nothing was answered: one for each `mark()`
     failed      what went wrong, None so far
     """
 
-    def __init__(self, front: Blkfront, blocks: int, *, depth: int = 8, seed: int = 0) -> None:
+    def __init__(self, front: Blkfront, blocks: int, *, depth: int = 8, seed: int = 0, think_s: float = 0.0) -> None:
         self.answered = 0
         self.failed: BaseException | None = None
         self.pauses: list[float] = []
         self._front = front
         self._depth = depth
+        self._think_s = think_s
         self._random = random.Random(seed)
         self._versions = [0] * blocks
         self._free = list(range(blocks))
@@ -73,6 +75,8 @@ class CheckedLoad:
                     self._check(done)
                 now = time.monotonic()
                 self._longest, last = max(self._longest, now - last), now
+                if self._think_s:
+                    time.sleep(self._think_s)
         except BaseException as error:
             self.failed = error
 

@@ -74,7 +74,7 @@ class SoftVmm:
         timeout: float = 10.0,
         come_back: bool = False,
     ) -> None:
-        """come_back: resumes by itself whenever the daemon has gone."""
+        """come_back: resumes by itself whenever the daemon has gone; `resumed` counts."""
         if not 0 < memory <= MAX_MEMORY or memory % PAGE_SIZE:
             raise ValueError(f"domain {domid}: {memory} bytes of memory: not pages below {MAX_MEMORY:#x}")
         self.domid, self.vcpus, self.name = domid, vcpus, name or f"soft{domid}"
@@ -83,6 +83,7 @@ class SoftVmm:
         self.console_gfn, self.console_port = CONSOLE_GFN, CONSOLE_PORT
         self._grant_frames = grant_frames
         self._come_back = come_back
+        self.resumed = 0
         self._disks: list[tuple[int, str, int]] = []
         self.channels = self._new_channels()
         self._ports, self._guest, self._lock = self.channels.ports, self.channels.turn, self.channels.lock
@@ -262,6 +263,7 @@ class SoftVmm:
 
     def _return(self) -> None:
         try:
-            self._link.resume(_RETURN_S)
+            if self._link.resume(_RETURN_S):
+                self.resumed += 1
         except EvtchndError as error:
             log.error("domain %d: not resumed: %s", self.domid, error)
