@@ -76,8 +76,11 @@ def _quantile(seconds: list[float], part: float) -> float:
 def _kept(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "evtchnd", "--keep", "--runtime-dir", str(folder)]
     (folder / "evtchnd.toml").write_text("")
+    # compiled once, as in an installation, whatever the environment says
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "compiled")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with (folder / "log").open("wb") as log:
-        keeper = subprocess.Popen([*command, "--config", str(folder / "evtchnd.toml")], stderr=log)
+        keeper = subprocess.Popen([*command, "--config", str(folder / "evtchnd.toml")], stderr=log, env=environment)
     try:
         until = time.monotonic() + _START_S
         while not (folder / "control.sock").exists():
