@@ -81,13 +81,16 @@ class State:
             self._map = mmap.mmap(fd, 0)
         except (OSError, ValueError) as error:
             raise HostError(f"the descriptor is no state: {error}") from None
+        size = len(self._map)
+        if not sealed or size <= _HEADER or size % mmap.PAGESIZE:
+            self._map.close()
+            raise HostError(f"its state was cut short, or can be: {size} bytes")
         self._view = memoryview(self._map)
         self._words = Mem(self._view)
-        try:
-            self._check(bool(sealed))
-        except BaseException:
+        self._area = self._words.load(_AREA)
+        if bytes(self._map[:8]) != _MAGIC or size != _HEADER + 2 * self._area:
             self.close()
-            raise
+            raise HostError(f"the descriptor is no state: {size} bytes")
 
     @classmethod
     def create(cls, name: str) -> State:
@@ -95,14 +98,6 @@ class State:
         fd = sealed_memfd(name, _HEADER + 2 * AREA_BYTES, name)
         os.pwrite(fd, _MAGIC + AREA_BYTES.to_bytes(4, "little"), 0)
         return cls(fd)
-
-    def _check(self, sealed: bool) -> None:
-        size = len(self._map)
-        if size < _HEADER or bytes(self._map[:8]) != _MAGIC:
-            raise HostError("the descriptor is no state")
-        self._area = self._words.load(_AREA)
-        if not sealed or size != _HEADER + 2 * self._area:
-            raise HostError(f"its state was cut short, or can be: {size} bytes")
 
     def read(self) -> DomainState:
         """What was said last. HostError: it is damaged, or nothing was said; VersionError."""
