@@ -20,9 +20,9 @@ import uvloop
 from evtchnd import _core, protocol
 from evtchnd._core import words
 from evtchnd.control import config as configuration
-from evtchnd.control import logs, sdnotify
+from evtchnd.control import logs, sdnotify, successor
 from evtchnd.control.config import Config, ConfigError
-from evtchnd.control.daemon import Daemon
+from evtchnd.control.daemon import STORE, Daemon
 from evtchnd.control.fdstore import DescriptorStore
 from evtchnd.control.kept import is_kept, left_of
 from evtchnd.control.listening import Listening
@@ -34,8 +34,6 @@ from evtchnd.xenstore.log import Log
 
 log = logging.getLogger("evtchnd")
 
-# XenStore's log in the descriptor store
-STATE = "xenstore"
 # What descriptors of TAPs are called there: tap-NAME (no name has a colon: LISTEN_FDNAMES)
 TAP = "tap-"
 
@@ -55,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return os.EX_CONFIG
     if args.check_config:
         return 0
+    if args.check_state is not None:
+        return _check_state(args.check_state)
     if args.keep:
         return _keeper(config, argv)
     logs.setup(config.log_level, config.log_format)
@@ -71,6 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", exc)
         return 1
     return 0
+
+
+def _check_state(held: str) -> int:
+    logging.disable()  # what is wrong is said below
+    found = successor.faults(json.loads(held), STORE)
+    for line in found:
+        print(line)
+    return 1 if found else 0
 
 
 def _keeper(config: Config, argv: Sequence[str] | None) -> int:
@@ -99,9 +107,13 @@ async def _serve(
         loop.add_signal_handler(number, told.set)
     taps = {name.removeprefix(TAP): fds for name, fds in passed.items() if name.startswith(TAP)}
     others = {
-        name: fds for name, fds in passed.items() if name != STATE and not name.startswith(TAP) and not is_kept(name)
+        name: fds for name, fds in passed.items() if name != STORE and not name.startswith(TAP) and not is_kept(name)
     }
     listening = Listening(config, others)
+    left = left_of(passed)
+    if left and all(each.old for each in left.values()):
+        # as they all would be refused, and their VMMs might give up: nothing is lost until the right one is started
+        raise HostError("no domain's state can be read: start the version that wrote it")
     held = [name for name, fds in passed.items() for _ in fds]
     keeper = DescriptorStore(notifier, held, _most_kept(config))
     daemon = Daemon(
@@ -111,15 +123,21 @@ async def _serve(
         log_of_store=state,
         taps=taps,
         keeper=keeper,
-        left=left_of(passed),
+        left=left,
     )
-    operator = Operator(daemon, config.limits, listening.sockets["control"])
+
+    async def upgrade() -> None:
+        """The program that is installed now takes over, or says why it cannot."""
+        await successor.ask(daemon.held(), sys.orig_argv[1:])
+        told.set()
+
+    operator = Operator(daemon, config.limits, listening.sockets["control"], upgrade)
     watchdog = asyncio.create_task(_watchdog(notifier, period))
     try:
         await daemon.start()
         loop.add_signal_handler(signal.SIGHUP, _reload, daemon, reread)
         operator.start()
-        await _keep(listening, keeper, state if STATE not in passed else None)
+        await _keep(listening, keeper, state if STORE not in passed else None)
         notifier.ready(f"serving in {config.runtime_dir}")
         if not _core.COMPILED:
             log.warning("the core is not compiled and runs as Python, about five times slower: install gcc, then again")
@@ -152,7 +170,7 @@ async def _keep(listening: Listening, keeper: DescriptorStore, state: Log | None
     """
     fds = {name: listening.sockets[name].fileno() for name in listening.made}
     try:
-        await keeper.keep(fds if state is None else {**fds, STATE: state.fd}, "sockets and XenStore")
+        await keeper.keep(fds if state is None else {**fds, STORE: state.fd}, "sockets and XenStore")
     except EvtchndError as exc:
         log.warning("not kept over a restart: %s", exc)
 
@@ -165,8 +183,8 @@ def _most_kept(config: Config) -> int:
 
 def _state(fd: int | None, passed: dict[str, list[int]], *, kept: bool) -> Log | None:
     """XenStore's log: from --state-fd, from systemd, or a new one if there is somebody to keep it."""
-    if STATE in passed:
-        stored, *rest = passed[STATE]
+    if STORE in passed:
+        stored, *rest = passed[STORE]
         for each in rest:
             os.close(each)
         if fd is None:
@@ -232,6 +250,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="a memfd, empty or of an earlier run, that holds XenStore over a restart; systemd keeps one by itself",
     )
+    add("--check-state", metavar="JSON", help=argparse.SUPPRESS)  # what evtchnctl upgrade asks: descriptors by name
     add(
         "--keep",
         action="store_true",

@@ -19,7 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from evtchnd.control.state import State
+from daemonprocess import DaemonProcess
+from evtchnd.control import operator
+from evtchnd.control.state import VERSION, State
+from evtchnd.errors import HostError
 from evtchnd.guest.blkfront import Blkfront
 from evtchnd.guest.checkedload import BLOCK, CheckedLoad
 from evtchnd.guest.domain import Domain
@@ -261,3 +264,55 @@ Client("vmm.sock", on_bind=lambda _: [], on_unbind=print).resume(7, uuid=bytes([
         "cannot be resumed: " + ("its VMM was user 4242's" if uid else "the guest of that number was 0000")
         in done.stderr
     )
+
+
+def version_of(fd: int, version: int) -> None:
+    """Says that both areas of a state were written by that version."""
+    for at in (128, 192):
+        os.pwrite(fd, version.to_bytes(4, "little"), at)
+
+
+def test_an_upgrade_is_a_pause_and_a_refusal_is_none(daemon: KeptDaemon) -> None:
+    """The program that is asked to take over reads all that is kept, or says why not, and then nothing has happened."""
+    guest = Guest(daemon, 7)
+    guest.load.start()
+    for _ in range(2):
+        guest.run()
+        served, pid = daemon.served(), daemon.pid
+        assert daemon.ctl("upgrade") == {"version": operator.version()}
+        daemon.wait(served + 1)
+        assert daemon.pid != pid
+    guest.run()
+    fd, pid = daemon.state_of(7), daemon.pid
+    version_of(fd, VERSION + 1)
+    with pytest.raises(HostError, match=rf"domain 7: its state has version {VERSION + 1}, .*: this one does"):
+        daemon.ctl("upgrade")
+    version_of(fd, VERSION)
+    guest.run()
+    assert daemon.pid == pid
+    guest.check()
+    os.close(fd)
+    guest.close()
+
+
+def test_a_program_that_can_read_nothing_does_not_start_and_nothing_is_lost(daemon: KeptDaemon) -> None:
+    guest = Guest(daemon, 7)
+    guest.load.start()
+    guest.run()
+    fd = daemon.state_of(7)
+    daemon.kill(signal.SIGSTOP)
+    version_of(fd, VERSION + 1)
+    daemon.kill()
+    until(lambda: "no domain's state can be read: start the version that wrote it" in daemon.text())
+    assert daemon.served() == 1
+    version_of(fd, VERSION)  # the right version is installed again
+    os.close(fd)
+    daemon.wait(2)
+    guest.run()
+    guest.check()
+    guest.close()
+
+
+def test_nobody_takes_over_where_nothing_is_kept(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path) as alone, pytest.raises(RuntimeError, match="nobody keeps"):
+        alone.call("held")

@@ -47,6 +47,8 @@ from evtchnd.xenstore.server import Server, XenStore
 
 log = logging.getLogger(__name__)
 
+# XenStore's log among what is kept
+STORE = "xenstore"
 # VMMs that connect in one turn of the loop.
 _MOST_ACCEPTS = 16
 # After accept() has failed; asyncio's own servers wait as long.
@@ -346,6 +348,17 @@ class Daemon:
             }
             for each in domain.vifs.by_key.values()
         ]
+
+    def held(self) -> dict[str, int]:
+        """All that the next daemon is given, by name; still this one's. OperatorError: nobody keeps anything."""
+        if not self._keeper or self._log is None:
+            raise OperatorError("nobody keeps what guests need over a restart: systemd does, and evtchnd --keep")
+        found = {STORE: self._log.fd}
+        for domain, _ in self._domains.values():
+            found |= domain.held()
+        for left in self._left.values():
+            found |= left.held()
+        return found
 
     async def list(self) -> List[dict[str, Any]]:
         """One object a domain: {"domid", "name", "uuid", "state", "memory" (bytes), "vcpus", "devices" (count)}."""

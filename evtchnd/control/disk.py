@@ -113,7 +113,7 @@ class Disk:
     def again(cls, domid: int, said: DiskState, fd: int, kept: int) -> Disk:
         """As a control plane before this one had it. Takes the journal `kept`, and the image (-1: it is passed later).
 
-        HostError: they are none.
+        HostError: they are none; both stay the caller's then.
         """
         journal.Journal(kept).close()
         if fd >= 0 and not _is_disk(fd):

@@ -329,6 +329,10 @@ class Domain:
         disks = [disk.said() for disk in self.disks.values()]
         return DomainState(domid=self.domid, uuid=self.uuid, uid=self.uid, disks=disks)
 
+    def held(self) -> dict[str, int]:
+        """What the next process is given of it, by name."""
+        return self._kept.held({name: fd for disk in self.disks.values() for name, fd in disk.kept().items()})
+
     def note(self) -> None:
         """As supervisor.Owner."""
         self._kept.note(self._said())

@@ -55,7 +55,8 @@ class Left:
         self._fds = {name: each[0] for name, each in fds.items()}
         transport.close_all(fd for each in fds.values() for fd in each[1:])
         try:
-            self.state = State(self._take("", "its state"))
+            self.state = State(self._need("", "its state"))
+            del self._fds[""]
             self.said = self.state.read()
             if self.said.domid != domid:
                 raise HostError(f"its state is that of domain {self.said.domid}")
@@ -64,20 +65,28 @@ class Left:
             log.error("domain %d: cannot be resumed: %s", domid, exc)
             return
         for each in self.said.disks:
-            what = f"vbd-{each.devid}"
             try:
-                image = -1 if each.passed else self._take(f"{what}/image", "its image")
-                self.disks[each.devid] = Disk.again(domid, each, image, self._take(f"{what}/journal", "its journal"))
+                image = -1 if each.passed else self._need(f"vbd-{each.devid}/image", "its image")
+                disk = Disk.again(domid, each, image, self._need(f"vbd-{each.devid}/journal", "its journal"))
             except HostError as exc:
                 log.error("domain %d: vbd %d: cannot be resumed: %s", domid, each.devid, exc)
+                continue
+            self.disks[each.devid] = disk
+            for name in disk.kept():
+                del self._fds[name]
         transport.close_all(self._fds.values())
         self._fds = {}
 
-    def _take(self, name: str, what: str) -> int:
-        fd = self._fds.pop(name, -1)
-        if fd < 0:
+    def _need(self, name: str, what: str) -> int:
+        if name not in self._fds:
             raise HostError(f"{what} is not among what was kept")
-        return fd
+        return self._fds[name]
+
+    def held(self) -> dict[str, int]:
+        """Descriptors by their full names."""
+        state = {} if self.state is None else {"": self.state.fd}
+        disks = {name: fd for disk in self.disks.values() for name, fd in disk.kept().items()}
+        return {_full(self.domid, name): fd for name, fd in {**self._fds, **disks, **state}.items()}
 
     async def drop(self, store: DescriptorStore) -> None:
         """Nobody goes on with it: everything is closed and let go, and its images can be another's."""
@@ -129,6 +138,12 @@ class Kept:
         self._store = store
         self._state = left.state if left is not None else None
         self._names: set[str] = left.names if left is not None else set()
+
+    def held(self, fds: Mapping[str, int]) -> dict[str, int]:
+        """The domain's descriptors `fds`, and its state, by their full names; {} where nothing is kept."""
+        if self._state is None:
+            return {}
+        return {_full(self._domid, name): fd for name, fd in {**fds, "": self._state.fd}.items()}
 
     async def begin(self, said: DomainState, fds: Mapping[str, int]) -> None:
         """The domain is served from now on: `fds` are all that it has to keep. HostError: they cannot be kept.
