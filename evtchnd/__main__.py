@@ -20,21 +20,20 @@ import uvloop
 from evtchnd import _core, protocol
 from evtchnd._core import words
 from evtchnd.control import config as configuration
-from evtchnd.control import logs, sdnotify
+from evtchnd.control import logs, sdnotify, successor
 from evtchnd.control.config import Config, ConfigError
-from evtchnd.control.daemon import Daemon
+from evtchnd.control.daemon import STORE, Daemon
+from evtchnd.control.fdstore import DescriptorStore
+from evtchnd.control.kept import is_kept, left_of
 from evtchnd.control.listening import Listening
 from evtchnd.control.operator import NAME, Operator, version
 from evtchnd.control.zygote import Zygote
 from evtchnd.errors import EvtchndError, HostError
+from evtchnd.keeper import Keeper
 from evtchnd.xenstore.log import Log
 
 log = logging.getLogger("evtchnd")
 
-# What is stored must be with the manager before anybody relies on it; it is one process of this host.
-_BARRIER_S = 5.0
-# XenStore's log in the descriptor store
-STATE = "xenstore"
 # What descriptors of TAPs are called there: tap-NAME (no name has a colon: LISTEN_FDNAMES)
 TAP = "tap-"
 
@@ -54,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return os.EX_CONFIG
     if args.check_config:
         return 0
+    if args.check_state is not None:
+        return _check_state(args.check_state)
+    if args.keep:
+        return _keeper(config, argv)
     logs.setup(config.log_level, config.log_format)
     notifier = sdnotify.Notifier.from_environment()
     try:
@@ -68,6 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", exc)
         return 1
     return 0
+
+
+def _check_state(held: str) -> int:
+    logging.disable()  # what is wrong is said below
+    found = successor.faults(json.loads(held), STORE)
+    for line in found:
+        print(line)
+    return 1 if found else 0
+
+
+def _keeper(config: Config, argv: Sequence[str] | None) -> int:
+    """As `--keep`: the same command without it, again and again."""
+    rest = [each for each in (sys.argv[1:] if argv is None else argv) if each != "--keep"]
+    try:
+        return Keeper(Path(config.runtime_dir), [sys.executable, "-m", "evtchnd", *rest]).run()
+    except HostError as exc:
+        print(exc, file=sys.stderr)
+        return 1
 
 
 async def _serve(
@@ -85,16 +106,38 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
     taps = {name.removeprefix(TAP): fds for name, fds in passed.items() if name.startswith(TAP)}
-    others = {name: fds for name, fds in passed.items() if name != STATE and not name.startswith(TAP)}
+    others = {
+        name: fds for name, fds in passed.items() if name != STORE and not name.startswith(TAP) and not is_kept(name)
+    }
     listening = Listening(config, others)
-    daemon = Daemon(config, zygote=zygote, listening=listening.sockets, log_of_store=state, taps=taps)
-    operator = Operator(daemon, config.limits, listening.sockets["control"])
+    left = left_of(passed)
+    if left and all(each.old for each in left.values()):
+        # as they all would be refused, and their VMMs might give up: nothing is lost until the right one is started
+        raise HostError("no domain's state can be read: start the version that wrote it")
+    held = [name for name, fds in passed.items() for _ in fds]
+    keeper = DescriptorStore(notifier, held, _most_kept(config))
+    daemon = Daemon(
+        config,
+        zygote=zygote,
+        listening=listening.sockets,
+        log_of_store=state,
+        taps=taps,
+        keeper=keeper,
+        left=left,
+    )
+
+    async def upgrade() -> None:
+        """The program that is installed now takes over, or says why it cannot."""
+        await successor.ask(daemon.held(), sys.orig_argv[1:])
+        told.set()
+
+    operator = Operator(daemon, config.limits, listening.sockets["control"], upgrade)
     watchdog = asyncio.create_task(_watchdog(notifier, period))
     try:
         await daemon.start()
         loop.add_signal_handler(signal.SIGHUP, _reload, daemon, reread)
         operator.start()
-        await _keep(listening, notifier, state if STATE not in passed else None)
+        await _keep(listening, keeper, state if STORE not in passed else None)
         notifier.ready(f"serving in {config.runtime_dir}")
         if not _core.COMPILED:
             log.warning("the core is not compiled and runs as Python, about five times slower: install gcc, then again")
@@ -120,27 +163,28 @@ def _reload(daemon: Daemon, reread: Callable[[], Config]) -> None:
         log.error("not reloaded: everything is as before")
 
 
-async def _keep(listening: Listening, notifier: sdnotify.Notifier, state: Log | None) -> None:
+async def _keep(listening: Listening, keeper: DescriptorStore, state: Log | None) -> None:
     """Into the descriptor store: sockets there take connections while nobody is here. Those of units are anyway.
 
     `state`: XenStore's log, unless it came from there.
     """
-    if not listening.made and state is None:
-        return
+    fds = {name: listening.sockets[name].fileno() for name in listening.made}
     try:
-        for name in listening.made:
-            notifier.store(name, listening.sockets[name].fileno())
-        if state is not None:
-            notifier.store(STATE, state.fd)
-        await notifier.barrier(_BARRIER_S)
+        await keeper.keep(fds if state is None else {**fds, STORE: state.fd}, "sockets and XenStore")
     except EvtchndError as exc:
-        log.warning("sockets and XenStore are not kept over a restart: %s", exc)
+        log.warning("not kept over a restart: %s", exc)
+
+
+def _most_kept(config: Config) -> int:
+    """What the service manager takes: systemd tells since 254."""
+    said = os.environ.pop("FDSTORE", "")
+    return int(said) if said.isdecimal() else config.limits.stored_descriptors
 
 
 def _state(fd: int | None, passed: dict[str, list[int]], *, kept: bool) -> Log | None:
     """XenStore's log: from --state-fd, from systemd, or a new one if there is somebody to keep it."""
-    if STATE in passed:
-        stored, *rest = passed[STATE]
+    if STORE in passed:
+        stored, *rest = passed[STORE]
         for each in rest:
             os.close(each)
         if fd is None:
@@ -205,6 +249,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="a memfd, empty or of an earlier run, that holds XenStore over a restart; systemd keeps one by itself",
+    )
+    add("--check-state", metavar="JSON", help=argparse.SUPPRESS)  # what evtchnctl upgrade asks: descriptors by name
+    add(
+        "--keep",
+        action="store_true",
+        help="hold what has to survive it, and start it whenever it ends: for hosts without systemd",
     )
     add("--single-process", action="store_true", help="no worker processes: for debugging")
     add("--log-level", choices=("debug", "info", "warning", "error"))

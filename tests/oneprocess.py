@@ -39,6 +39,13 @@ STORE_GFN, STORE_PORT = 1, 1
 LONG = 60.0
 
 
+def noted(_: object) -> asyncio.Future[None]:
+    """What a device is told when its params are where they have to be."""
+    done = asyncio.get_running_loop().create_future()
+    done.set_result(None)
+    return done
+
+
 class LocalVm:
     """RAM and grant frames in sealed memfds, every port a pair of eventfds."""
 
@@ -276,7 +283,7 @@ class Host:
             connected=connected,
             bind=self._bind,
             unbind=self._unbind,
-            report=lambda params: self._report(device, params),
+            report=lambda params: noted(self._report(device, params)),
         )
         self.devices[devid] = device
         task = self.tasks[devid] = self.loop.create_task(blkback.run(device))

@@ -51,7 +51,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "vmm": (("vmm",), ("base", "core.memory", "ports", "wire")),
     "guest": (("guest",), ("base", "core", "store", "vmm", "ports")),
-    "operator": (("__main__", "cli", "demo", "bench"), ("*",)),
+    "operator": (("__main__", "keeper", "cli", "demo", "bench"), ("*",)),
 }
 # The one line that binds the backends to the worker.
 BINDING = "worker.main"

@@ -362,6 +362,7 @@ def test_every_struct_is_what_the_interface_says() -> None:
         *("List", "Info", "BlockAttach", "BlockDetach"),
         *("Console", "ConsoleAttach", "ConsoleDetach", "BlockResize"),
         *("NetworkAttach", "NetworkDetach", "NetworkSet", "NetworkCapture", "NetworkList"),
+        "Upgrade",
     ]
     for name, call, reply in methods:
         wanted = getattr(operator, f"{name}Call", varlink.NoParameters)

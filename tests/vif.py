@@ -17,7 +17,7 @@ from evtchnd.worker.device import Params, VifDevice
 from evtchnd.worker.messages import Vif
 from evtchnd_backends import netback
 from netns import Netns
-from oneprocess import Host, LocalVm, open_fds
+from oneprocess import Host, LocalVm, noted, open_fds
 
 MAC = "00:16:3e:00:00:07"
 GUEST_MAC = bytes.fromhex(MAC.replace(":", ""))
@@ -65,7 +65,7 @@ class World:
             connected=connected,
             bind=host._bind,
             unbind=host._unbind,
-            report=lambda params: self.reported.__setitem__(devid, params),
+            report=lambda params: noted(self.reported.__setitem__(devid, params)),
         )
         self.devices[devid] = device
         host.devices[devid] = device  # type: ignore[assignment]

@@ -69,7 +69,7 @@ async def run(device: Device) -> None:
             totals.update(vbd.counters())
             vbd = None
         if device.connected is not None:  # also after an attempt to attach again that failed
-            device.connected_as(None)
+            await device.connected_as(None)
 
     def say(how: Callable[..., None], what: str, detail: object) -> None:
         more = lines.due(what)
@@ -127,6 +127,7 @@ async def run(device: Device) -> None:
             if vbd is not None:
                 await vbd.close(final=True)
             await disk.close()
+            device.hung = bool(disk.inflight)
             if vbd is not None and not disk.inflight:
                 vbd.give_back()
 

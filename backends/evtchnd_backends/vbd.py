@@ -58,7 +58,7 @@ class Vbd:
             for queue, channel in zip(self._queues, channels, strict=True):
                 queue.channel = channel
             # before the first request is taken: from here on these rings survive the worker
-            device.connected_as(rings.params())
+            await device.connected_as(rings.params())
             # Whichever queue is stepped, it collects what the disk has done for all.
             self._disk.wake = channels[0].step
             for queue in self._queues:

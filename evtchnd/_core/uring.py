@@ -35,7 +35,7 @@ _FSYNC_DATASYNC = 1
 _SETUP_CLAMP = 1 << 4
 _FEAT_SINGLE_MMAP = 1
 _OFF_RINGS, _OFF_SQES = 0, 0x1000_0000
-_REGISTER_EVENTFD = 4
+_REGISTER_FILES, _REGISTER_EVENTFD = 2, 4
 _SQE_SIZE, _CQE_SIZE = 64, 16
 _MASK32 = 0xFFFF_FFFF
 
@@ -147,6 +147,17 @@ class Uring:
         address = _map(self.fd, size, offset)
         self.maps.append((address, size))
         return Mem((ctypes.c_char * size).from_address(address))
+
+    def hold(self, fd: int) -> None:
+        """The ring keeps the open file behind `fd` open until its last request has ended, whoever is killed. Once.
+
+        A lock of that file (flock) is held for as long: who gets it knows that nothing of this ring comes any more. The
+        kernel lets a ring's registered files go when it frees the ring (io_ring_ctx_free), and each request has a
+        reference to that.
+        """
+        number = ctypes.c_int(fd)
+        if _syscall(_NR_REGISTER, self.fd, _REGISTER_FILES, ctypes.byref(number), 1) < 0:
+            raise HostError(f"io_uring: register files: {os.strerror(ctypes.get_errno())}")
 
     def readv(self, fd: int, iov_addr: int, iov_count: int, offset: int, tag: int) -> bool:
         """Queues a read into an array of struct iovec (valid until it completes). False: the ring is full."""

@@ -51,6 +51,15 @@ def _list(args: Asked) -> None:
     return _table(["ID", "Name", "Mem MiB", "VCPUs", "Devices", "State"], rows, right=(0, 2, 3, 4))
 
 
+def _upgrade(args: Asked) -> None:
+    with _client(args) as client:
+        reply = client.call("io.evtchnd.Upgrade")
+    if args.output == "json":
+        return _json(reply)
+    print(f"evtchnd {reply['version']} has handed over")
+    return None
+
+
 def _info(args: Asked) -> None:
     with _client(args) as client:
         reply = client.call("io.evtchnd.Info", domid=_domid(client, args.domain))
@@ -204,6 +213,7 @@ def _arguments(argv: Sequence[str] | None) -> Asked:
         return added
 
     verb("list", _list, "every domain")
+    verb("upgrade", _upgrade, "let the evtchnd that is installed now take over from the one that runs")
     info = verb("info", _info, "one domain and its devices")
     attach = verb("block-attach", _block_attach, "give a domain a disk", changes=True)
     detach = verb("block-detach", _block_detach, "take a disk away from a domain", changes=True)

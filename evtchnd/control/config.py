@@ -72,6 +72,9 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # After a restart: from then on, a domain whose VMM has not come back with RESUME has ended. A VMM tries again each
     # 50 ms; a host that starts 512 workers anew takes some seconds.
     resume_s: Seconds = 60.0
+    # What the service manager holds over a restart (two a disk, one a domain, one a queue of a vif): the unit's
+    # FileDescriptorStoreMax, which systemd tells since 254 ($FDSTORE); before that, it has to be this.
+    stored_descriptors: Annotated[int, Meta(ge=1, le=1 << 20)] = 4096
     # Requests in flight when a worker is told to end, as Linux' netback waits for its own.
     drain_s: Seconds = 10.0
     # A worker that dies is started again at once, then after a doubling pause: a guest that kills it on purpose costs

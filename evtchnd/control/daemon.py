@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import logging
 import socket
+import uuid
 from builtins import list as List
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,9 +26,13 @@ from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config, Xenstore
 from evtchnd.control.disk import Disk
 from evtchnd.control.domain import DESCRIPTORS, Domain
+from evtchnd.control.fdstore import DescriptorStore
 from evtchnd.control.images import Images
 from evtchnd.control.inprocess import InProcess
+from evtchnd.control.kept import DESCRIPTORS as KEPT
+from evtchnd.control.kept import Left
 from evtchnd.control.network import Network, Passed
+from evtchnd.control.sdnotify import Notifier
 from evtchnd.control.vmm_connection import VmmConnection
 from evtchnd.control.zygote import Workers, Zygote
 from evtchnd.diskspec import DiskSpec
@@ -42,6 +47,8 @@ from evtchnd.xenstore.server import Server, XenStore
 
 log = logging.getLogger(__name__)
 
+# XenStore's log among what is kept
+STORE = "xenstore"
 # VMMs that connect in one turn of the loop.
 _MOST_ACCEPTS = 16
 # After accept() has failed; asyncio's own servers wait as long.
@@ -60,6 +67,9 @@ class Daemon:
     listening      listening sockets by name ("vmm", "xenstored") that stay the caller's; those that are missing are
                    made here
     log_of_store   XenStore's log, which somebody else holds, too: what is in it is the store
+    taps           queues of TAPs that systemd passed in, by name; the caller's
+    keeper         where domains' descriptors are kept for the next daemon
+    left           what the daemon before this one has left there, by domain; taken
     """
 
     def __init__(
@@ -70,8 +80,9 @@ class Daemon:
         listening: Mapping[str, socket.socket] | None = None,
         log_of_store: Log | None = None,
         taps: Mapping[str, Sequence[int]] | None = None,
+        keeper: DescriptorStore | None = None,
+        left: Mapping[int, Left] | None = None,
     ) -> None:
-        """`taps`: queues of TAPs that systemd passed in, by name; the caller's."""
         self._config = config
         self._workers: Workers = zygote if zygote is not None else InProcess()
         self._listening = dict(listening or {})
@@ -80,6 +91,9 @@ class Daemon:
         store = _store(log_of_store, Quotas(**msgspec.structs.asdict(config.xenstore)))
         self._server = Server(store, poll_us=config.poll.max_us)
         self._log = log_of_store
+        self._keeper = keeper if keeper is not None else DescriptorStore(Notifier())
+        self._left = dict(left or {})
+        self._dropping: dict[int, asyncio.Task[None]] = {}
         self._domains: dict[int, tuple[Domain, VmmConnection]] = {}
         self._connections: set[VmmConnection] = set()
         self._vmm: socket.socket | None = None
@@ -108,7 +122,7 @@ class Daemon:
             self._made = True
         loop = asyncio.get_running_loop()
         loop.add_reader(self._vmm.fileno(), self._accept)
-        if kept := len(self._server.store.waiting):
+        if kept := len(self._left.keys() | self._server.store.waiting.keys()):
             log.info(
                 "%d domains are kept for their VMMs, for %g s (limits.resume_s)", kept, self._config.limits.resume_s
             )
@@ -137,9 +151,19 @@ class Daemon:
 
     def _release_lost(self) -> None:
         """Domains of before this process whose VMMs have not come back."""
-        for domid in [domid for domid in self._server.store.waiting if domid not in self._domains]:
+        self._lost = None
+        for domid in [each for each in {*self._server.store.waiting, *self._left} if each not in self._domains]:
             log.warning("domain %d: its VMM has not come back: released", domid)
+            self._release_kept(domid)
+
+    def _release_kept(self, domid: int) -> None:
+        """Everything of a domain that was there before this process, and does not come back."""
+        if self._server.kept(domid):
             toolstack.release_kept(self._server, domid)
+        left = self._left.pop(domid, None)
+        if left is not None:
+            task = self._dropping[domid] = asyncio.get_running_loop().create_task(left.drop(self._keeper))
+            task.add_done_callback(lambda _: self._dropping.pop(domid))
 
     async def stop(self) -> None:
         """Ends every worker and connection, closes everything. Idempotent.
@@ -147,6 +171,7 @@ class Daemon:
         XenStore's log keeps its domains: their VMMs may come back to the next daemon.
         """
         self._server.stop_recording()
+        self._keeper.over = True
         if self._lost is not None:
             self._lost.cancel()
         vmm, self._vmm = self._vmm, None
@@ -159,6 +184,10 @@ class Daemon:
         for connection in connections:
             connection.close("evtchnd stops")
         await asyncio.gather(*(connection.closed() for connection in connections))
+        await asyncio.gather(*self._dropping.values())
+        for left in self._left.values():
+            left.close()
+        self._left.clear()
         store, self._store = self._store, None
         if store is not None:
             await store.close()
@@ -320,6 +349,17 @@ class Daemon:
             for each in domain.vifs.by_key.values()
         ]
 
+    def held(self) -> dict[str, int]:
+        """All that the next daemon is given, by name; still this one's. OperatorError: nobody keeps anything."""
+        if not self._keeper or self._log is None:
+            raise OperatorError("nobody keeps what guests need over a restart: systemd does, and evtchnd --keep")
+        found = {STORE: self._log.fd}
+        for domain, _ in self._domains.values():
+            found |= domain.held()
+        for left in self._left.values():
+            found |= left.held()
+        return found
+
     async def list(self) -> List[dict[str, Any]]:
         """One object a domain: {"domid", "name", "uuid", "state", "memory" (bytes), "vcpus", "devices" (count)}."""
         return [_summary(domain) for _, (domain, _) in sorted(self._domains.items())]
@@ -450,6 +490,10 @@ class Daemon:
             raise VmmError(f"domain {domid}: {len(self._domains)} are the limit (limits.domains)", errno.ENOSPC)
         if self._store is None:
             raise HostError(f"domain {domid}: evtchnd stops")
+        uid = connection.peer.uid
+        left = self._left_of(register, uid)
+        if left is None:
+            self._keeper.require(KEPT, f"domain {domid}")
         entries = [entry for entry in self._config.domains if entry.domid == domid]
         disks = [spec for entry in entries for spec in entry.disk_specs]
         vifs = [spec for entry in entries for spec in entry.vif_specs]
@@ -464,12 +508,39 @@ class Daemon:
             network=self._network,
             config=self._config,
             attach=lambda: self._attach_configured(domain, disks, vifs),
+            keeper=self._keeper,
+            left=left,
+            uid=uid,
         )
+        self._left.pop(domid, None)
         self._domains[domid] = (domain, connection)
         return domain
 
+    def _left_of(self, register: p.Register, uid: int) -> Left | None:
+        """What a guest that is resumed had before this process. VmmError: it is another's, or cannot be read.
+
+        A new domain of that number inherits nothing.
+        """
+        domid, left = register.domid, self._left.get(register.domid)
+        if left is None:
+            return None
+        if not isinstance(register, p.Resume):
+            self._release_kept(domid)
+            return None
+        if left.said is None:
+            raise VmmError(f"domain {domid}: cannot be resumed: {left.reason}", errno.ESTALE)
+        if left.said.uuid != str(uuid.UUID(bytes=register.uuid)):
+            raise VmmError(
+                f"domain {domid}: cannot be resumed: the guest of that number was {left.said.uuid}", errno.EPERM
+            )
+        if uid not in (0, left.said.uid):
+            raise VmmError(f"domain {domid}: cannot be resumed: its VMM was user {left.said.uid}'s", errno.EPERM)
+        return left
+
     async def _attach_configured(self, domain: Domain, disks: List[DiskSpec], vifs: List[VifSpec]) -> None:
         """The config's devices, before the domain is served. One that cannot be had is missing, with a line."""
+        if (dropping := self._dropping.get(domain.domid)) is not None:
+            await asyncio.wait([dropping])
         for vif in vifs:
             if any(vif.devid == each.devid for each in domain.vifs.by_key.values()):  # a second START
                 continue
@@ -504,11 +575,20 @@ class Daemon:
         if self._domains.get(domain.domid, (None,))[0] is domain:
             del self._domains[domain.domid]
             log.info("%s: %s", domain.label, reason)
+            if domain.left is not None:
+                self._left[domain.domid] = domain.left
+            if self._lost is None and domain.resumed and not self._keeper.over:
+                # it has not begun to be served, and is not waited for any more
+                self._release_kept(domain.domid)
 
     async def attach_passed(self, domain: Domain, message: p.Disk, fd: int) -> None:
         """A disk that a VMM passes as a descriptor. Takes `fd`."""
         readonly = bool(message.flags & (p.DiskFlag.READONLY | p.DiskFlag.CDROM))
         image = await self._images.passed(fd, readonly=readonly)
+        if (again := domain.unpassed(message.devid, readonly=readonly)) is not None:
+            again.fd = image.fd
+            await domain.attach(again)
+            return
         try:
             domain.check_room(message.devid, message.vdev)
         except BaseException:
@@ -524,6 +604,7 @@ class Daemon:
                 readonly=readonly,
                 cdrom=bool(message.flags & p.DiskFlag.CDROM),
                 vbd=self._config.vbd,
+                passed=True,
             )
         )
 

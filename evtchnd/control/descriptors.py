@@ -31,7 +31,9 @@ def limits() -> tuple[int, int]:
 
 def in_use() -> int:
     """Open descriptors of this process."""
-    return len(list(Path("/proc/self/fd").iterdir())) - 1
+    # the size is their number since Linux 6.2; to list thousands of them for each domain that comes takes milliseconds
+    folder = "/proc/self/fd"
+    return os.stat(folder).st_size or len(list(Path(folder).iterdir())) - 1
 
 
 def require(count: int, what: str) -> None:

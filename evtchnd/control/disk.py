@@ -1,4 +1,10 @@
-"""A disk of a domain as the control plane holds it: its descriptors, and what survives its worker."""
+"""A disk of a domain as the control plane holds it: its descriptors, and what survives its worker and this process.
+
+Its journal is locked (flock, shared) by each worker that has it, through an open file of the worker's own that the
+worker's io_uring holds, too: as long as the process, a thread of it, or a request that it has left to the kernel may
+still write to the image. A control plane that was given a journal by the one before it can lock it alone only after all
+that has ended (`Disk.free`), and lets nothing be replayed before.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +14,14 @@ import mmap
 import os
 import stat
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from evtchnd import journal
+from evtchnd._core.uring import inflight_of
 from evtchnd.control.config import Vbd
+from evtchnd.control.state import DiskState
 from evtchnd.errors import HostError, OperatorError, VmmError
 from evtchnd.worker.device import Params
 
@@ -43,6 +52,8 @@ class Disk:
     connected   what the live ring is (the worker's words), None while there is none
     reason      why it is off; "" while it is served
     leaving     a detach has given up waiting for the guest: it is removed when the guest lets it go
+    passed      the image came from the domain's VMM, which passes it again to the next control plane
+    resumed     a control plane before this one has served it: its nodes are there
     """
 
     kind = "vbd"
@@ -59,8 +70,12 @@ class Disk:
         cdrom: bool,
         discard: bool = True,
         vbd: Vbd,
+        passed: bool = False,
+        kept: int = -1,
     ) -> None:
-        """Takes the image over. HostError where no journal can be made; it is closed then."""
+        """Takes the image over. HostError where no journal can be made; it is closed then. kept: its journal, if there
+        is one already; taken.
+        """
         self.domid = domid
         self.devid = devid
         self.vdev = vdev
@@ -76,6 +91,12 @@ class Disk:
         self.connected: Params | None = None
         self.reason = ""
         self.leaving = False
+        self.passed = passed
+        self.vbd = vbd
+        self.resumed = kept >= 0
+        if kept >= 0:
+            self.journal = kept
+            return
         try:
             entries = _ENTRIES_PER_PAGE << vbd.max_ring_page_order
             self.journal = journal.create(entries, queues=vbd.max_queues, name=f"evtchnd-{domid}-{devid}")
@@ -87,6 +108,87 @@ class Disk:
     def name(self) -> str:
         """As every line about it begins."""
         return f"domain {self.domid}: {self.kind} {self.devid}"
+
+    @classmethod
+    def again(cls, domid: int, said: DiskState, fd: int, kept: int) -> Disk:
+        """As a control plane before this one had it. Takes the journal `kept`, and the image (-1: it is passed later).
+
+        HostError: they are none; both stay the caller's then.
+        """
+        journal.Journal(kept).close()
+        if fd >= 0 and not _is_disk(fd):
+            raise HostError("its image is neither a file nor a block device")
+        image = Image(fd, said.sectors * SECTOR, said.sector_size, said.direct)
+        disk = cls(
+            domid,
+            said.devid,
+            said.vdev,
+            image,
+            target=said.target,
+            readonly=said.readonly,
+            cdrom=said.cdrom,
+            discard=said.discard,
+            vbd=said.vbd,
+            passed=said.passed,
+            kept=kept,
+        )
+        disk.connected = said.connected
+        return disk
+
+    def said(self) -> DiskState:
+        """What `again` needs."""
+        return DiskState(
+            devid=self.devid,
+            vdev=self.vdev,
+            target=self.target,
+            sectors=self.sectors,
+            sector_size=self.sector_size,
+            readonly=self.readonly,
+            cdrom=self.cdrom,
+            direct=self.direct,
+            discard=self.discard,
+            passed=self.passed,
+            connected=self.connected,
+            vbd=self.vbd,
+        )
+
+    def kept(self) -> dict[str, int]:
+        """The descriptors that `again` needs, by name."""
+        image = {} if self.passed else {f"vbd-{self.devid}/image": self.fd}
+        return {f"vbd-{self.devid}/journal": self.journal, **image}
+
+    def unpass(self) -> list[int]:
+        """Lets go of an image that was passed, which is returned: it comes once more."""
+        fd = -1
+        if self.passed:
+            fd, self.fd = self.fd, -1
+        return [fd] if fd >= 0 else []
+
+    def lend(self) -> int:
+        """The journal for a worker, locked as long as that, or a request of its, may write to the image."""
+        fd = _reopened(self.journal)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return fd
+
+    def free(self) -> bool:
+        """Whether no worker that had the journal can write any more, nor the kernel for it."""
+        fd = _reopened(self.journal)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def unlock(self) -> None:
+        """The image may be another's at once: whoever keeps a copy over a restart closes it some time later.
+
+        Only where nothing writes to it any more; of one that was passed the lock is not ours.
+        """
+        if self.fd >= 0 and not self.passed and ((self.uring >= 0 and not inflight_of(self.uring)) or self.free()):
+            with suppress(OSError):
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def keep_uring(self, fd: int) -> None:
         """The io_uring of the worker that serves the disk now (-1: none)."""
@@ -102,6 +204,16 @@ class Disk:
         if journal >= 0:
             os.close(journal)
         return [fd] if fd >= 0 else []
+
+
+def _reopened(fd: int) -> int:
+    """The same memfd by an open file of its own: locks belong to that."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+
+def _is_disk(fd: int) -> bool:
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
 def open_image(target: Path, *, readonly: bool, sector_size: int = 0, direct: bool = False) -> Image:
@@ -122,8 +234,7 @@ def open_image(target: Path, *, readonly: bool, sector_size: int = 0, direct: bo
             hint = " (its file system has no O_DIRECT: leave cache=none out)"
         raise OperatorError(f"{target}: {exc.strerror}{hint}") from None
     try:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        if not _is_disk(fd):
             raise OperatorError(f"{target}: neither a file nor a block device", errno.ENOTBLK)
         os.set_blocking(fd, True)
         try:
@@ -147,8 +258,7 @@ def open_image(target: Path, *, readonly: bool, sector_size: int = 0, direct: bo
 
 def check_passed(fd: int, *, readonly: bool) -> Image:
     """The same of a descriptor that a VMM passed. VmmError says what is wrong with it."""
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+    if not _is_disk(fd):
         raise VmmError("the descriptor is neither a file nor a block device", errno.ENOTBLK)
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if flags & os.O_PATH:

@@ -25,13 +25,16 @@ from evtchnd.control.config import Config
 from evtchnd.control.console import Console, Consoles
 from evtchnd.control.descriptors import Held
 from evtchnd.control.disk import Disk, Image
+from evtchnd.control.fdstore import DescriptorStore
 from evtchnd.control.images import Images
+from evtchnd.control.kept import Kept, Left
 from evtchnd.control.network import Network
 from evtchnd.control.ports import STORE, Ports, Vmm
+from evtchnd.control.state import DomainState
 from evtchnd.control.supervisor import Attachable, Supervisor
 from evtchnd.control.vif import Vif, Vifs
 from evtchnd.control.zygote import Workers
-from evtchnd.errors import EvtchndError, OperatorError, VmmError
+from evtchnd.errors import EvtchndError, HostError, OperatorError, VmmError
 from evtchnd.worker import messages as m
 from evtchnd.xenstore.client import Client
 from evtchnd.xenstore.quota import Quotas
@@ -62,8 +65,13 @@ class Domain:
         network: Network,
         config: Config,
         attach: Callable[[], Awaitable[None]],
+        keeper: DescriptorStore,
+        left: Left | None = None,
+        uid: int = 0,
     ) -> None:
-        """`attach`: attaches what the config names, before the guest runs."""
+        """`attach`: attaches what the config names, before the guest runs. left: what a process before this one has
+        left of it; uid: the VMM's user.
+        """
         self.domid = register.domid
         self.name = register.name or f"domain-{register.domid}"
         self.uuid = str(uuid.UUID(bytes=register.uuid))
@@ -73,7 +81,14 @@ class Domain:
         self.slots: dict[int, tuple[p.MemoryEntry, Held]] = {}
         self.frames: dict[int, tuple[p.GrantEntry, Held]] = {}
         self.ports = Ports(self.label, vmm, config.limits.ports)
+        self.uid = uid
+        self.left = left
         self.disks: dict[int, Disk] = {}
+        self._unpassed: dict[int, Disk] = {}  # of those that are left: their VMM has to pass them
+        for disk in left.disks.values() if left is not None else ():
+            (self._unpassed if disk.passed else self.disks)[disk.devid] = disk
+        self._coming: set[int] = set()
+        self._kept = Kept(register.domid, keeper, left)
         self.store_port = 0
         self.consoles = Consoles(self.domid, server=server, store=store, ports=self.ports, images=images, config=config)
         self.vifs = Vifs(self.domid, server=server, store=store, ports=self.ports, network=network, config=config)
@@ -253,6 +268,8 @@ class Domain:
         await self._attach_first()
         await self.supervisor.start()
         kept = self._server.kept(self.domid)
+        self._settle(kept and self.resumed)
+        await self._keep_all()
         if kept and not self.resumed:
             # another one of that number, which inherits nothing
             toolstack.release_kept(self._server, self.domid)
@@ -266,14 +283,59 @@ class Domain:
             kick, notify = await self.ports.bind(STORE, [self.store_port])
             self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
         self._server.resumed(self.domid)
+        self.left = None
         await self.consoles.start(self.supervisor)
         for disk in self.disks.values():
-            toolstack.add_disk(self._server, disk)
+            if not disk.resumed:
+                toolstack.add_disk(self._server, disk)
         self.running = True
+        for disk in list(self.disks.values()):
+            if disk.resumed:
+                self.supervisor.resume(disk)
         await self.consoles.serve()
         for disk in list(self.disks.values()):
-            await self.supervisor.attach(disk)
+            if not disk.resumed:
+                await self.supervisor.attach(disk)
         await self.vifs.start(self.supervisor)
+
+    def _settle(self, resumed: bool) -> None:
+        """Disks that were left go on where their nodes are there still; nodes without a disk go."""
+        for disk in self._unpassed.values():
+            log.error("%s: its VMM has not passed it again: removed", disk.name)
+            transport.close_all(disk.close())
+            if self.left is not None:
+                del self.left.disks[disk.devid]
+        self._unpassed.clear()
+        for disk in self.disks.values():
+            disk.resumed = disk.resumed and resumed and self._server.get(toolstack.backend(disk)) is not None
+            if disk.resumed:
+                disk.leaving = self._server.get(f"{toolstack.backend(disk)}/online") == "0"
+            else:
+                disk.connected = None
+        if resumed:
+            toolstack.remove_others(self._server, self.domid, "vbd", self.disks)
+
+    async def _keep_all(self) -> None:
+        """All that the next process has to have. HostError: a domain that was not there before cannot be kept."""
+        fds = {name: fd for disk in self.disks.values() for name, fd in disk.kept().items()}
+        try:
+            await self._kept.begin(self._said(), fds)
+        except HostError as exc:
+            if not self.resumed:
+                raise
+            log.error("%s: would not survive another restart: %s", self.label, exc)
+
+    def _said(self) -> DomainState:
+        disks = [disk.said() for disk in self.disks.values()]
+        return DomainState(domid=self.domid, uuid=self.uuid, uid=self.uid, disks=disks)
+
+    def held(self) -> dict[str, int]:
+        """What the next process is given of it, by name."""
+        return self._kept.held({name: fd for disk in self.disks.values() for name, fd in disk.kept().items()})
+
+    def note(self) -> None:
+        """As supervisor.Owner."""
+        self._kept.note(self._said())
 
     async def _stop(self) -> None:
         """Ends worker, ring and nodes. To the end, also when who asked for it is cancelled meanwhile (its VMM goes)."""
@@ -290,11 +352,23 @@ class Domain:
         ring, self._ring = self._ring, None
         if ring is not None:
             ring.close()
+        if self._waits():
+            return
         self._server.release(self.domid)
         toolstack.remove_domain(self._server, self.domid, self.uuid)
 
+    def _waits(self) -> bool:
+        """Whether it was resumed and has not begun to be served: it goes on waiting for its VMM."""
+        return self.resumed and (self.left is not None or self._server.kept(self.domid))
+
+    def give_up(self) -> None:
+        """Its guest has ended: it waits for no RESUME any more."""
+        self.resumed, self.left = False, None
+
     async def end(self) -> None:
-        """Ends worker, ring and nodes, and closes every descriptor. Idempotent."""
+        """Ends worker, ring and nodes, and closes every descriptor; but what waits for a RESUME stays, in `left`, too.
+        Idempotent.
+        """
         if self._ended:
             return
         self._ended = True
@@ -311,7 +385,18 @@ class Domain:
         self.ports.close()
         await self.consoles.close()
         await self.vifs.close()
-        images = [fd for disk in self.disks.values() for fd in disk.close()]
+        disks, left = {**self.disks, **self._unpassed}, self.left.disks if self.left is not None else {}
+        images = []
+        for disk in disks.values():
+            if left.get(disk.devid) is disk:
+                images += disk.unpass()
+            else:
+                if not self._kept.stays:
+                    disk.unlock()
+                images += disk.close()
+        if self.left is None:
+            await self._kept.end()
+        self._unpassed = {}
         _drop([*(held for _, held in self.slots.values()), *(held for _, held in self.frames.values())])
         self.disks, self.slots, self.frames = {}, {}, {}
         await self._close_images(images)
@@ -357,19 +442,48 @@ class Domain:
             raise OperatorError(f"{self.label} has ended")
         if devid in self.disks:
             raise OperatorError(f"{self.label}: {vdev} is there already: {self.disks[devid].target}", errno.EEXIST)
+        if devid in self._coming:
+            raise OperatorError(f"{self.label}: {vdev} is being attached already", errno.EEXIST)
         if len(self.disks) >= self._config.limits.disks:
             raise OperatorError(f"{self.label}: {len(self.disks)} disks are the limit (limits.disks)", errno.ENOSPC)
         descriptors.require(DISK_DESCRIPTORS + 2 * self._config.vbd.max_queues, f"{self.label}: {vdev}")
 
     async def attach(self, disk: Disk) -> None:
-        """Takes the disk; its device appears now, or at START. OperatorError where the worker cannot serve it."""
+        """Takes the disk; its device appears now, or at START. OperatorError where the worker cannot serve it, or it
+        cannot be kept over a restart.
+        """
+        if self.running:
+            await self._keep(disk)
         self.disks[disk.devid] = disk
         if self.running:
+            self.note()
             toolstack.add_disk(self._server, disk)
             await self.supervisor.attach(disk)
             if disk.reason:
                 await self.remove(disk)
                 raise OperatorError(f"{disk.name}: {disk.reason}")
+
+    async def _keep(self, disk: Disk) -> None:
+        """Into the store. The disk is closed where that fails."""
+        self._coming.add(disk.devid)
+        try:
+            await self._kept.keep(disk.kept(), disk.name)
+            if self._ended:
+                raise OperatorError(f"{self.label} has ended")
+        except BaseException as exc:
+            await self._kept.forget(disk.kept())
+            disk.unlock()
+            await self._close_images(disk.close())
+            if isinstance(exc, HostError):
+                raise OperatorError(str(exc), errno.ENOSPC) from None
+            raise
+        finally:
+            self._coming.discard(disk.devid)
+
+    def unpassed(self, devid: int, *, readonly: bool) -> Disk | None:
+        """The disk that was left, and that its VMM passes again now."""
+        disk = self._unpassed.get(devid)
+        return self._unpassed.pop(devid) if disk is not None and disk.readonly == readonly else None
 
     async def detach(self, disk: Disk, *, force: bool) -> bool:
         """Takes the disk from the guest and closes it. True: by force. OperatorError: the guest holds on to it."""
@@ -419,6 +533,7 @@ class Domain:
             except VmmError:
                 disk.sectors = old
                 raise
+            self.note()
 
     def rings_gone(self, device: Disk | Attachable) -> None:
         """The worker has let a device's rings go."""
@@ -455,9 +570,14 @@ class Domain:
     async def remove(self, disk: Disk) -> None:
         """Nodes, ports, descriptors."""
         del self.disks[disk.devid]
+        self.note()
+        names = disk.kept()
         self.ports.unbind(disk.devid, self.ports.of(disk.devid))
         toolstack.remove_disk(self._server, disk)
-        await self._close_images(disk.close())
+        disk.unlock()
+        images = disk.close()
+        await self._kept.forget(names)
+        await self._close_images(images)
 
 
 def _drop(held: Iterable[Held]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Awaitable, Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed
 from importlib.resources import files
@@ -240,12 +241,21 @@ class NetworkListReply(Struct, frozen=True):
     vifs: list[Vif]
 
 
+class UpgradeReply(Struct, frozen=True):
+    version: str
+
+
 class Operator:
     """The operator's socket of a running Daemon."""
 
-    def __init__(self, daemon: Daemon, limits: Limits, sock: socket.socket) -> None:
-        """`sock`: a listening Unix stream socket; it stays the caller's."""
+    def __init__(
+        self, daemon: Daemon, limits: Limits, sock: socket.socket, upgrade: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """`sock`: a listening Unix stream socket; it stays the caller's. `upgrade`: OperatorError, or this process ends
+        and another one goes on.
+        """
         self._daemon = daemon
+        self._upgrade_to = upgrade
         methods = {
             "List": varlink.Method(varlink.NoParameters, self._list),
             "Info": varlink.Method(InfoCall, self._info),
@@ -260,6 +270,7 @@ class Operator:
             "NetworkSet": varlink.Method(NetworkSetCall, self._network_set),
             "NetworkCapture": varlink.Method(NetworkCaptureCall, self._network_capture, self._network_captured),
             "NetworkList": varlink.Method(NetworkListCall, self._network_list),
+            "Upgrade": varlink.Method(varlink.NoParameters, self._upgrade),
         }
         service = varlink.Service(
             [varlink.Interface(DESCRIPTION, methods, _failed)],
@@ -341,6 +352,12 @@ class Operator:
 
     async def _network_list(self, call: NetworkListCall) -> NetworkListReply:
         return _reply(NetworkListReply, {"vifs": await self._daemon.vifs(call.domid)})
+
+    async def _upgrade(self, _: varlink.NoParameters) -> UpgradeReply:
+        if self._upgrade_to is None:
+            raise OperatorError("nobody would start the next daemon")
+        await self._upgrade_to()
+        return UpgradeReply(version())
 
 
 def version() -> str:

@@ -33,8 +33,11 @@ class Notifier:
     def __bool__(self) -> bool:
         return bool(self._address)
 
-    def send(self, *lines: str, fds: Sequence[int] = ()) -> None:
-        """One datagram, so all lines take effect together. HostError if the manager does not take it."""
+    def send(self, *lines: str, fds: Sequence[int] = (), wait: bool = True) -> None:
+        """One datagram, so all lines take effect together. HostError if the manager does not take it.
+
+        wait=False: BlockingIOError where its queue is full.
+        """
         if not self._address:
             return
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -42,7 +45,10 @@ class Notifier:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             try:
                 sock.connect(self._address)
-                sock.sendmsg(["\n".join(lines).encode()], rights, socket.MSG_NOSIGNAL)
+                flags = socket.MSG_NOSIGNAL | (0 if wait else socket.MSG_DONTWAIT)
+                sock.sendmsg(["\n".join(lines).encode()], rights, flags)
+            except BlockingIOError:
+                raise
             except OSError as exc:
                 raise HostError(f"the service manager does not take {lines[0]}: {exc.strerror}") from exc
 

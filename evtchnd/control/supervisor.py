@@ -84,6 +84,8 @@ class Owner(Protocol):
     def disk_ended(self, disk: Disk) -> None: ...
     def device_ended(self, device: Attachable) -> None: ...
     def rings_gone(self, device: Disk | Attachable) -> None: ...
+    def note(self) -> None:
+        """What is known of a device has changed: the next control plane has to know it."""
 
 
 class _Worker:
@@ -175,6 +177,12 @@ class Supervisor:
         worker = self._worker
         if worker is not None:
             await self._attach(worker, disk)
+
+    def resume(self, disk: Disk) -> None:
+        """As `attach`, beside what goes on: what workers before this process have left may take its time."""
+        worker = self._worker
+        if worker is not None:
+            self._spawn(self._attach(worker, disk))
 
     async def detach(self, disk: Disk) -> None:
         """Takes a disk away; returns when its backend has ended."""
@@ -327,6 +335,8 @@ class Supervisor:
         if disk.uring >= 0:
             await drained(disk)
             disk.keep_uring(-1)
+        elif disk.resumed:
+            await freed(disk)
         if self._worker is not worker or disk.fd < 0 or disk.devid in worker.given:
             return
         worker.given.add(disk.devid)
@@ -341,8 +351,14 @@ class Supervisor:
             disk.connected,
             sectors=disk.sectors,
             sector_size=disk.sector_size,
+            vbd=disk.vbd,
         )
-        answer = await worker.ask(id, attach, [disk.fd, disk.journal])
+        journal = disk.lend()
+        try:
+            asked = worker.ask(id, attach, [disk.fd, journal])
+        finally:
+            os.close(journal)
+        answer = await asked
         if isinstance(answer, m.Done) and answer.errno:
             disk.reason = answer.reason
             log.error("%s: off: %s", disk.name, answer.reason)
@@ -394,6 +410,7 @@ class Supervisor:
                 disk.connected = message.params
                 if message.params is None:
                     self._owner.rings_gone(disk)
+                self._noted(worker, message)
             case m.Keep():
                 worker.send(m.Done(message.id, reason=self._keep_uring(worker, message)))
             case m.Ended() if message.devid in self._owner.disks:
@@ -401,21 +418,29 @@ class Supervisor:
                 worker.given.discard(disk.devid)
                 disk.connected = None
                 disk.reason = message.reason
+                self._owner.note()
                 self._owner.disk_ended(disk)
             case m.Connected() if (device := self._device(message.devid)) is not None:
                 device.connected = message.params
                 device.settled.set()
                 if message.params is None:
                     self._owner.rings_gone(device)
+                self._noted(worker, message)
             case m.Ended() if (device := self._device(message.devid)) is not None:
                 worker.given.discard(device.key)
                 device.connected = None
                 device.reason = message.reason
                 device.settled.set()
                 self._owner.device_ended(device)
+            case m.Connected():
+                self._noted(worker, message)
             case _:
                 log.debug("%s: %s of no device", self._name, type(message).__name__)
         transport.close_all(fds)
+
+    def _noted(self, worker: _Worker, message: m.Connected) -> None:
+        self._owner.note()
+        worker.send(m.Done(message.id))
 
     def _keep_uring(self, worker: _Worker, keep: m.Keep) -> str:
         disk = self._owner.disks.get(keep.devid)
@@ -448,12 +473,22 @@ def _settle(future: asyncio.Future[str], text: str) -> None:
 
 async def drained(disk: Disk) -> None:
     """Waits until the requests that a dead worker left to the kernel have ended."""
+    # -1: it was detached meanwhile
+    await _ended(disk, lambda: inflight_of(disk.uring) if disk.uring >= 0 else 0)
+
+
+async def freed(disk: Disk) -> None:
+    """The same of the workers of a control plane before this one, and of those workers themselves."""
+    await _ended(disk, lambda: int(disk.journal >= 0 and not disk.free()))
+
+
+async def _ended(disk: Disk, left: Callable[[], int]) -> None:
     loop = asyncio.get_running_loop()
     warn = loop.time() + _SLOW_S
     pause = _LOOK_S
-    while disk.uring >= 0 and (count := inflight_of(disk.uring)):  # -1: it was detached meanwhile
+    while count := left():
         if loop.time() > warn:
             warn = float("inf")
-            log.warning("%s: %d requests of the worker that died are still in flight: waiting", disk.name, count)
+            log.warning("%s: %d requests of a worker that died may still be in flight: waiting", disk.name, count)
         await asyncio.sleep(pause)
         pause = min(pause * 2, _LOOK_MOST_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Container
 from typing import Protocol
 
 from evtchnd.abi import GNTTAB_RESERVED_XENSTORE, XenbusState
@@ -314,6 +315,17 @@ def remove_device(server: Server, device: Placed) -> None:
     with server.transaction() as t:
         t.rm(backend(device))
         t.rm(frontend(device))
+
+
+def remove_others(server: Server, domid: int, kind: str, devids: Container[int]) -> None:
+    """The nodes of every device of a kind that is not one of `devids`: it was being attached, or removed, when the
+    process that did so died."""
+    with server.transaction() as t:
+        path = f"/local/domain/0/backend/{kind}/{domid}"
+        for name in t.ls(path) if t.exists(path) else []:
+            if not (name.isdecimal() and int(name) in devids):
+                t.rm(f"{path}/{name}")
+                t.rm(f"{home(domid)}/device/{kind}/{name}")
 
 
 def state(server: Server, path: str) -> int:

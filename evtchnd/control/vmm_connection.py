@@ -297,6 +297,7 @@ class VmmConnection:
     async def _release(self, message: p.Release, _: list[int]) -> None:
         self._state = State.GONE
         self._farewell = f"released by its VMM (reason {message.reason})"
+        self._of().give_up()
         await self._host.release(self._of(), self._farewell)
 
     async def _ping(self, _: p.Ping, __: list[int]) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from typing import Self
 
@@ -25,7 +26,7 @@ from evtchnd.abi import (
     GTF_PERMIT_ACCESS,
     PAGE_SIZE,
 )
-from evtchnd.errors import HostError
+from evtchnd.errors import EvtchndError, HostError
 from evtchnd.memory import GuestMemory
 from evtchnd.protocol import Feature
 from evtchnd.vmm.channels import Channels, EventKernel
@@ -46,6 +47,8 @@ SPECIAL_PAGES = 3
 RAM_SLOT, SPECIAL_SLOT = 0, 1
 STORE_PORT = 1  # xl's order: the store's port is the first that a domain gets, the console's the second
 CONSOLE_PORT = 2
+# A daemon that is started again and again may take a while.
+_RETURN_S = 60.0
 MAX_MEMORY = SPECIAL_GFN * PAGE_SIZE  # RAM here ends below the special pages
 
 
@@ -69,7 +72,9 @@ class SoftVmm:
         name: str = "",
         grant_frames: int = 4,
         timeout: float = 10.0,
+        come_back: bool = False,
     ) -> None:
+        """come_back: resumes by itself whenever the daemon has gone; `resumed` counts."""
         if not 0 < memory <= MAX_MEMORY or memory % PAGE_SIZE:
             raise ValueError(f"domain {domid}: {memory} bytes of memory: not pages below {MAX_MEMORY:#x}")
         self.domid, self.vcpus, self.name = domid, vcpus, name or f"soft{domid}"
@@ -77,6 +82,9 @@ class SoftVmm:
         self.store_gfn, self.store_port = STORE_GFN, STORE_PORT
         self.console_gfn, self.console_port = CONSOLE_GFN, CONSOLE_PORT
         self._grant_frames = grant_frames
+        self._come_back = come_back
+        self.resumed = 0
+        self._disks: list[tuple[int, str, int]] = []
         self.channels = self._new_channels()
         self._ports, self._guest, self._lock = self.channels.ports, self.channels.turn, self.channels.lock
         self._link = DaemonLink(socket_path, self.channels, self._introduce, timeout=timeout, lost=self._lost)
@@ -179,6 +187,11 @@ class SoftVmm:
             self._link.close()
         self._link.resume(timeout)
 
+    def disk(self, devid: int, vdev: str, fd: int) -> None:
+        """Passes a disk, now and with each RESUME; `fd` stays the caller's, and open."""
+        self.client.disk(devid, vdev, fd)
+        self._disks.append((devid, vdev, fd))
+
     @property
     def client(self) -> Client:
         """The connection, for messages that have no method here (disks, slots). HostError when there is none."""
@@ -238,7 +251,19 @@ class SoftVmm:
         client.xenstore(STORE_PORT, self._special_fd, (STORE_GFN - SPECIAL_GFN) * PAGE_SIZE)
         if Feature.CONSOLE in client.features:
             client.console(CONSOLE_PORT, CONSOLE_GFN)
+        for devid, vdev, fd in self._disks:
+            client.disk(devid, vdev, fd)
         client.start()
 
     def _lost(self) -> None:
-        log.warning("domain %d: the daemon has gone; resume() goes to a new one", self.domid)
+        if not self._come_back:
+            log.warning("domain %d: the daemon has gone; resume() goes to a new one", self.domid)
+            return
+        threading.Thread(target=self._return, name=f"{self.name} resume", daemon=True).start()
+
+    def _return(self) -> None:
+        try:
+            if self._link.resume(_RETURN_S):
+                self.resumed += 1
+        except EvtchndError as error:
+            log.error("domain %d: not resumed: %s", self.domid, error)

@@ -65,7 +65,7 @@ class AnyDevice:
         connected: Params | None,
         bind: Callable[[Sequence[int]], Awaitable[list[tuple[int, int]]]],
         unbind: Callable[[Sequence[int]], None],
-        report: Callable[[Params | None], None],
+        report: Callable[[Params | None], Awaitable[object]],
     ) -> None:
         self.domid = domid
         self.devid = devid
@@ -111,13 +111,14 @@ class AnyDevice:
         for channel in channels:
             self.release(channel)
 
-    def connected_as(self, params: Params | None) -> None:
+    def connected_as(self, params: Params | None) -> Awaitable[object]:
         """Remembers `params` in the control plane, to be `connected` in a worker that replaces this one.
 
-        Call it before the first request is taken; None when the ring is gone (closed, or a new handshake begins).
+        Call it before the first request is taken; None when the ring is gone (closed, or a new handshake begins). Once
+        what it returns was awaited, the next control plane knows it, too.
         """
         self.connected = params
-        self._report(params)
+        return self._report(params)
 
     def release(self, channel: Channel) -> None:
         """What `unbind` does to one channel."""
@@ -142,6 +143,7 @@ class Device(AnyDevice):
     sectors, sector_size   the disk's size in 512-byte units, its sectors in bytes; 0: as the disk says
     journal_fd      the in-flight journals' memfd, made by the control plane for the most and largest rings allowed
     options         the `vbd` table of the configuration (control/config.py: Vbd)
+    hung            set by the backend at its end: requests are still at the disk, and the journal stays locked
     resize          set by the backend: the disk has so many sectors of 512 bytes now; HostError: it has not
     """
 
@@ -172,6 +174,7 @@ class Device(AnyDevice):
         self.options = options
         self.sectors = sectors
         self.sector_size = sector_size
+        self.hung = False
         self.resize: Callable[[int], Awaitable[None]] = self._resize
 
     async def _resize(self, sectors: int) -> None:

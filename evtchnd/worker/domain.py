@@ -216,8 +216,15 @@ class Worker:
             "connected": connected,
             "bind": lambda ports: self._bind(key, ports),
             "unbind": lambda ports: self._send(m.Unbind(key, list(ports))),
-            "report": lambda params: self._send(m.Connected(key, params)),
+            "report": lambda params: self._report(key, params),
         }
+
+    def _report(self, key: int, params: dict[str, Any] | None) -> asyncio.Future[str]:
+        id = next(self._ids)
+        noted = self._keeps[id] = self._loop.create_future()
+        noted.add_done_callback(lambda _: self._keeps.pop(id, None))
+        self._send(m.Connected(key, params, id))
+        return noted
 
     def _run(self, device: AnyDevice, backend: Backend, fds: list[int], drain_s: float) -> None:
         running = _Running(device, backend(device), fds, drain_s)
@@ -267,7 +274,7 @@ class Worker:
             completions = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             fds = [*fds, completions]
             if domain.setup.vbd.engine != "threads":
-                uring = await self._uring(domain, attach.devid, completions)
+                uring = await self._uring(domain, attach.devid, completions, journal_fd)
             device = Device(
                 devid=attach.devid,
                 kind=attach.kind,
@@ -278,7 +285,7 @@ class Worker:
                 cdrom=attach.cdrom,
                 direct=attach.direct,
                 journal_fd=journal_fd,
-                options=domain.setup.vbd,
+                options=attach.vbd or domain.setup.vbd,
                 **self._shared(domain, store, attach.devid, attach.connected),
                 sectors=attach.sectors,
                 sector_size=attach.sector_size,
@@ -290,14 +297,16 @@ class Worker:
             raise
         self._run(device, backend, fds, domain.setup.drain_s)
 
-    async def _uring(self, domain: _Domain, devid: int, completions: int) -> Uring | None:
-        """A device's io_uring, of which the control plane has a copy before the first request goes into it.
+    async def _uring(self, domain: _Domain, devid: int, completions: int, journal: int) -> Uring | None:
+        """A device's io_uring, of which the control plane has a copy before the first request goes into it, and which
+        keeps the journal locked (control/disk.py) while it has requests.
 
         None where the kernel refuses it and the config lets threads take its place.
         """
         uring = None
         try:
             uring = Uring(_URING_ENTRIES, eventfd=completions)
+            uring.hold(journal)
             id = next(self._ids)
             kept = self._keeps[id] = self._loop.create_future()
             try:
@@ -375,7 +384,9 @@ class Worker:
             device.release(channel)
         if isinstance(device, Device) and device.uring is not None:
             device.uring.close()
-        close_all(running.fds)
+        # of a disk that hangs, the journal's lock goes with this process
+        locked = device.journal_fd if isinstance(device, Device) and device.hung else -1
+        close_all(fd for fd in running.fds if fd != locked)
         if not running.task.cancelled():
             self._send(m.Ended(device.key, _reason(device, running.task.exception())))
 
@@ -409,7 +420,7 @@ def _reason(device: AnyDevice, error: BaseException | None) -> str:
         log.info("%s: closed", device.name)
         return ""
     text = str(error)
-    if isinstance(error, GuestError | VmmError | HostError):
+    if isinstance(error, GuestError | VmmError | HostError | ConnectionError):  # the last: the control plane has gone
         log.error("%s: off", text if text.startswith(device.name) else f"{device.name}: {text}")
         return text
     log.error("%s: off: a defect of evtchnd", device.name, exc_info=error)

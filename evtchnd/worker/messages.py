@@ -20,7 +20,7 @@
 |----------------------|-------------|----------------------------------------------------------|
 | Bind                 |             | Bound                                                    |
 | Unbind               |             |                                                          |
-| Connected            |             |                                                          |
+| Connected            |             | Done, when the next control plane would know it, too     |
 | Keep                 |             | Done, when the control plane has its copy                |
 | Ended                |             | (reason "" : closed in order; else off, for that reason) |
 
@@ -83,7 +83,8 @@ class Memory(Message):
 
 
 class Attach(Message):
-    """A device; `connected`: what an earlier worker reported for a ring that is live."""
+    """A disk; `connected`: what an earlier worker reported for a ring that is live; `vbd`: what its guest was offered
+    then, where that is not what the domain's Setup says."""
 
     id: int
     kind: str
@@ -94,6 +95,7 @@ class Attach(Message):
     connected: dict[str, Any] | None
     sectors: int = 0
     sector_size: int = 0
+    vbd: Vbd | None = None
 
 
 class AttachConsole(Message):
@@ -224,6 +226,7 @@ class Connected(Message):
 
     devid: int
     params: dict[str, Any] | None
+    id: int = 0
 
 
 class Keep(Message):

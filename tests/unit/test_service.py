@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scale import scaled
 from unit.private import PrivateSystemd, why_not
 from unit.render import SOURCE
 
@@ -193,6 +194,51 @@ def test_the_descriptor_store_keeps_sockets_that_no_unit_has(systemd: PrivateSys
     assert systemd.show(SERVICE, "NFileDescriptorStore") == "4"
     systemd.run("systemctl", "stop", SERVICE)
     assert systemd.show(SERVICE, "NFileDescriptorStore") == "0"
+
+
+@pytest.mark.parametrize("way", ["restart", "kill", "loop"])
+def test_guests_disks_go_on(systemd: PrivateSystemd, way: str) -> None:
+    """Three guests under load: nothing is lost, and nothing of them stays in the store at their end."""
+    systemd.run("systemctl", "start", SERVICE)
+    script = str(Path(__file__).parent / "restarted.py")
+    rounds = scaled(60, least=4)
+    said = json.loads(systemd.run(sys.executable, script, way, str(rounds)))
+    print(said)
+    assert said["images"] == [True] * 3
+    assert said["kept"] == 3 * 3  # state, image and journal
+    if way == "kill":
+        assert said["restarts"] == rounds
+    systemd.run("journalctl", "--sync")
+    said = systemd.run("journalctl", "--no-pager", "-o", "cat")
+    assert "Traceback" not in said
+    assert "defect" not in said
+
+
+def test_what_does_not_fit_into_the_store_is_refused(systemd: PrivateSystemd) -> None:
+    dropin(systemd, "[Service]\nFileDescriptorStoreMax=7\n")
+    systemd.python(
+        "import os; os.makedirs('/etc/evtchnd');"
+        "open('/etc/evtchnd/evtchnd.toml', 'w').write('[limits]\\nstored_descriptors = 7\\n')"
+    )
+    systemd.run("systemctl", "start", SERVICE)
+    systemd.run("bash", "-c", "head -c 1M /dev/zero > /var/lib/evtchnd/a.img; chown evtchnd: /var/lib/evtchnd/a.img")
+    # what units pass in is counted, too: three sockets, XenStore, a domain, and two of a disk
+    said = systemd.python(
+        "from evtchnd.cli.process import evtchnctl\n"
+        "from evtchnd.errors import HostError, VmmError\n"
+        "from evtchnd.vmm.soft import SoftVmm\n"
+        "with SoftVmm('/run/evtchnd/vmm.sock', 7):\n"
+        "    for vdev in 'xvda', 'xvdb':\n"
+        "        try: evtchnctl('/run/evtchnd', 'block-attach', '7', f'/var/lib/evtchnd/a.img,raw,{vdev},r')\n"
+        "        except HostError as error: print(error)\n"
+        "    try: SoftVmm('/run/evtchnd/vmm.sock', 8)\n"
+        "    except VmmError as error: print(error)\n"
+    )
+    more = "do not fit into the service manager's store: it holds 7 of 7 (FileDescriptorStoreMax=, "
+    disk, domain = said.splitlines()
+    assert f"domain 7: vbd 51728: 2 descriptors more {more}" in disk
+    assert f"domain 8: 1 descriptors more {more}" in domain
+    assert systemd.show(SERVICE, "NFileDescriptorStore") == "1"  # XenStore's: the domain and its disk are gone
 
 
 def test_a_wrong_configuration_is_told_once(systemd: PrivateSystemd) -> None:
