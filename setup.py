@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CORE = Path("evtchnd/_core")
-NOT_COMPILED = {"__init__.py", "nocython.py"}
+NOT_COMPILED = {"__init__.py", "nocython.py", "points.py"}
 
 
 def required() -> bool:
@@ -58,7 +58,7 @@ def extensions() -> list[Extension]:
             f"evtchnd._core.{path.stem}",
             [str(path)],
             include_dirs=[str(CORE)],
-            depends=[str(CORE / "words.h"), *map(str, sorted(CORE.glob("*.pxd")))],
+            depends=[str(path) for pattern in ("*.h", "*.pxd") for path in sorted(CORE.glob(pattern))],
             extra_compile_args=["-O2", "-fno-strict-aliasing", "-Wno-sign-compare"],
         )
         for path in sorted(CORE.glob("*.py"))
