@@ -45,7 +45,7 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Protocol
 
-from .errors import VmmError
+from .errors import EvtchndError, VmmError
 
 SLICE_NS = 20_000
 """How long a poll keeps the loop from other descriptors: about what one batch of a full ring costs."""
@@ -93,6 +93,9 @@ _KICK: Any = _Kick()
 
 def _no() -> bool:
     return False
+
+
+def _nothing(_name: str, _error: BaseException) -> None: ...
 
 
 def on_failure(pump: asyncio.Future[None], failed: Callable[[Exception], object]) -> None:
@@ -304,6 +307,8 @@ class Channel:
 
     def fail(self, error: Exception | None) -> None:
         """The coroutine is over (for the poller, too)."""
+        if self._poller is not None and error is not None and not isinstance(error, EvtchndError):
+            self._poller.defect(self.name, error)
         done = self._done
         self._leave()
         if done is None or done.done():
@@ -341,6 +346,7 @@ class Poller:
 
     max_us: the longest window in us; 0: never polls. Counters: `slices`, `hits` (polls that found work), `misses`
     (windows that found none), `sleeps`. `live`: the channels that are not armed, kept by them; a set in order.
+    `defect`, settable: gets a channel's name and what ended its pump and is our own fault, before anyone else.
     `close()` when no channel needs it any more.
     """
 
@@ -355,6 +361,7 @@ class Poller:
         self.sleeps = 0
         self._clock = clock
         self.live: dict[Channel, None] = {}
+        self.defect: Callable[[str, BaseException], None] = _nothing
         self._sources: tuple[Source, ...] = ()
         self._users: list[Source] = []
         self._next: asyncio.Handle | None = None

@@ -125,6 +125,7 @@ class Supervisor:
 
     def __init__(self, owner: Owner, workers: Workers, config: Config) -> None:
         self.restarts = 0
+        self.failing = ""  # why the domain is marked: its workers do not live
         self._owner = owner
         self._workers = workers
         self._config = config
@@ -267,19 +268,21 @@ class Supervisor:
     async def _keep(self, worker: _Worker | None) -> None:
         """Starts a worker again and again: at once, then after a pause that doubles, until one lives for a while."""
         limits = self._config.limits
-        loop = asyncio.get_running_loop()
-        pause = 0.0
+        pause, deaths = 0.0, 0
         while True:
             if worker is not None:
-                began = loop.time()
+                if await self._lives(worker):
+                    pause, deaths = 0.0, 0
+                    self._mark("")
                 how = await self._wait(worker)
                 self._worker = None
                 await self._finish(worker)
-                if loop.time() - began > limits.restart_pause_max_s:
-                    pause = 0.0
                 soon = f" in {pause:g} s" if pause else ""
                 pid = worker.process.pid if worker.process else 0
                 log.error("%s %d %s: starting another%s", self._name, pid, how, soon)
+                deaths += 1
+                if deaths >= limits.worker_deaths:
+                    self._mark(f"{deaths} workers died in a row, the last one {how}")
             await asyncio.sleep(pause)
             pause = min(max(pause * 2, limits.restart_pause_s), limits.restart_pause_max_s)
             try:
@@ -296,6 +299,30 @@ class Supervisor:
             except (HostError, VmmError, OSError) as exc:  # no descriptor is free, for one
                 worker = None
                 log.error("%s: %s: next try in %g s", self._name, exc, pause)
+                deaths += 1
+                if deaths >= limits.worker_deaths:
+                    self._mark(f"no worker after {deaths} tries: {exc}")
+
+    async def _lives(self, worker: _Worker) -> bool:
+        """Waits until it has lived for as long as the longest pause; False: it has ended before."""
+        ends = [worker.ended, worker.unlinked]
+        done, _ = await asyncio.wait(
+            ends, timeout=self._config.limits.restart_pause_max_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        return not done
+
+    def _mark(self, reason: str) -> None:
+        """The domain as failing, or with "" as served again; a line when it changes."""
+        was, self.failing = self.failing, reason
+        if reason and not was:
+            most = self._config.limits.restart_pause_max_s
+            log.error(
+                "%s: %s: the domain is marked as failing and its devices pause: see above for what ends its workers; "
+                "another one is tried each %g s at least",
+                *(self._name, reason, most),
+            )
+        elif was and not reason:
+            log.warning("%s: lives: the domain is served again", self._name)
 
     async def _wait(self, worker: _Worker) -> str:
         """How the worker ended. Its last words have been read then."""
