@@ -351,11 +351,13 @@ class Supervisor:
             worker.process.close()
 
     async def _attach(self, worker: _Worker, disk: Disk) -> None:
-        if disk.uring >= 0:
-            await drained(disk)
-            disk.keep_uring(-1)
-        if self._worker is not worker or disk.fd < 0 or disk.devid in worker.given:
+        def wanted() -> bool:
+            return self._worker is worker and disk.fd >= 0 and disk.devid not in worker.given
+
+        await drained(disk, wanted)
+        if not wanted():  # the worker died meanwhile: what is kept now may be the next one's io_uring
             return
+        disk.keep_uring(-1)
         worker.given.add(disk.devid)
         id = next(self._ids)
         attach = m.Attach(
@@ -473,12 +475,12 @@ def _settle(future: asyncio.Future[str], text: str) -> None:
         future.set_result(text)
 
 
-async def drained(disk: Disk) -> None:
-    """Waits until the requests that a dead worker left to the kernel have ended."""
+async def drained(disk: Disk, wanted: Callable[[], bool]) -> None:
+    """Waits until the requests that a dead worker left to the kernel have ended, as long as that is `wanted`."""
     loop = asyncio.get_running_loop()
     warn = loop.time() + _SLOW_S
     pause = _LOOK_S
-    while disk.uring >= 0 and (count := inflight_of(disk.uring)):  # -1: it was detached meanwhile
+    while wanted() and disk.uring >= 0 and (count := inflight_of(disk.uring)):
         if loop.time() > warn:
             warn = float("inf")
             log.warning("%s: %d requests of the worker that died are still in flight: waiting", disk.name, count)
