@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 
 from daemonprocess import DaemonProcess, until
 from dyingworkers import DEADLY
+from evtchnd.guest.console import Console
+from evtchnd.vmm.soft import CONSOLE_PORT
 from test_control_daemon import Guest, image
 
 
@@ -95,3 +99,33 @@ def test_workers_that_die_one_after_the_other(tmp_path: Path) -> None:
         assert pauses == ["", " in 0.1 s", " in 0.2 s", " in 0.4 s", " in 0.8 s"]
         front.disconnect()
     assert written(path) == ALL
+
+
+def test_every_ring_is_kicked_and_every_guest_told(tmp_path: Path) -> None:
+    """Once each, where nothing is in flight: a kick or an event may have been lost with the worker that died."""
+    path = image(tmp_path)
+    with DaemonProcess(tmp_path) as daemon, Guest(daemon) as guest:
+        front = guest.connect(daemon.attach(7, path), queues=2)
+        more = daemon.call("attach_console", 7)["devid"]
+        console = Console.connect(guest.domain, guest.store, more)
+        front.queues[0].read(0, 8)
+        front.queues[1].read(0, 8)
+        ports = [front.queues[0].port, front.queues[1].port, CONSOLE_PORT, console.port]
+        for port in ports:
+            while guest.vm.wait(port, 0.1):
+                pass
+        worker = daemon.worker(7)
+        os.kill(worker, signal.SIGKILL)
+        for port in ports:
+            assert guest.vm.wait(port, 30), port
+            assert not guest.vm.wait(port, 0.1), port
+
+        def kicks() -> list[int]:
+            info = daemon.call("info", 7)
+            counters = [info["devices"][0]["counters"], *(each["counters"] for each in info["consoles"])]
+            named = (("queue-0/kicks", "queue-1/kicks"), ("kicks",), ("kicks",))
+            return [each.get(name, 0) for each, names in zip(counters, named, strict=True) for name in names]
+
+        until(lambda: kicks() == [1, 1, 1, 1], f"kicks: {kicks()}")
+        console.close()
+        front.disconnect()
