@@ -33,6 +33,8 @@ import os
 import struct
 from typing import NamedTuple
 
+from evtchnd._core.blk import passed
+from evtchnd._core.points import AT_SETTLE, AT_START
 from evtchnd._core.words import Mem
 from evtchnd.errors import GuestError, HostError
 from evtchnd.memory import map_range, sealed_memfd
@@ -143,16 +145,19 @@ class Journal:
             ahead = (self.mem.load(base + 4) - published) & 0xFFFFFFFF
             if state == FREE:
                 continue
+            consumed = max(consumed, counter + 1)
             if state == INFLIGHT:
                 inflight[counter] = entry
-                consumed = max(consumed, counter + 1)
             elif state == DONE and ahead < fresh:
+                passed(AT_SETTLE)
                 self.mem.store(base, FREE)
             elif state == DONE:
                 done[ahead - fresh] = entry
             else:
                 raise HostError(f"journal: entry {entry} has state {state}")
+        passed(AT_SETTLE)
         self.mem.store(24, rsp_prod)
+        passed(AT_SETTLE)
         self.mem.store(28, rsp_prod)
         if sorted(done) != list(range(len(done))) or ((consumed - rsp_prod - len(done)) & 0xFFFFFFFF != len(inflight)):
             raise HostError(
@@ -166,6 +171,7 @@ class Journal:
 
     def reset(self) -> None:
         """Forget everything: a new handshake with the frontend begins (its old requests are gone with its ring)."""
+        passed(AT_START)
         self.mem.store(32, 0)
 
     def close(self) -> None:

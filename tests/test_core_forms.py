@@ -22,6 +22,7 @@ SHARED_TESTS = [
     "stream",
     "journal",
     "blk",
+    "crash_points",
     "answers",
     "netback_hostile",
     "capture",

@@ -188,6 +188,27 @@ def test_a_journal_that_contradicts_itself_is_not_replayed(ram: Ram) -> None:
     front.close()
 
 
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_death_before_the_consumed_index_is_stored_and_another_one_later(ram: Ram, idle: bool) -> None:
+    """The request came back by its INFLIGHT entry; once that is DONE, or FREE again, nothing says it was taken."""
+    front = Blkfront(ram)
+    front.ring.start()
+    front.request(1, 1, 0, front.data(1))
+    front.publish()
+    front.ring.take(1)
+    front.journal.mem.store(16, 0)
+    (req,) = front.restart()
+    front.ring.done(req, 0)  # type: ignore[arg-type]
+    if idle:
+        front.ring.push()
+    assert front.restart() == []
+    front.ring.push()
+    assert front.responses() == [(1, 1, 0)]
+    assert front.journal.mem.load(16) == front.ring.req_cons == 1
+    forget(front)
+    front.close()
+
+
 class Died(BaseException):
     """The worker, at one store."""
 

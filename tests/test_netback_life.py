@@ -212,12 +212,17 @@ async def test_a_worker_that_dies_is_replaced_and_the_guest_does_not_notice(queu
                 assert kept is not None and kept["groups"] == ["01005e000001"]
                 states = here.node("state")
                 await here.host.kill(0)
+                ports = {port for queue in front.queues for port in queue.ports}
+                for port in ports:
+                    here.host.vm.wait(port, 0)
                 # what is sent meanwhile is taken by the next one
                 front.queues[0].send(Frame(udp(here.way(), payload(round, 77))))
                 front.queues[0].push()
                 device = here.run(0, device.vif, msgspec.msgpack.decode(msgspec.msgpack.encode(kept)))
                 assert check_payload(await here.host.guest(lambda: sock.recv(2048))) == round
                 assert here.node("state") == states == "4"
+                for port in ports:  # its last notification may have been lost with it
+                    assert await here.host.guest(lambda port=port: here.host.vm.wait(port, 30)), port
             await here.host.guest(front.disconnect)
         assert here.reported[0] is None
 

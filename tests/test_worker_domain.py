@@ -106,11 +106,11 @@ async def echo(device: Device) -> None:
 
 
 @asynccontextmanager
-async def worker() -> AsyncIterator[Control]:
+async def worker(die: Callable[[], None] | None = None) -> AsyncIterator[Control]:
     """A worker as a task, with its XenStore, set up."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server = Server()
-    task = asyncio.create_task(Worker(theirs, {"vbd": echo}).run())
+    task = asyncio.create_task(Worker(theirs, {"vbd": echo}, die=die).run())
     control = Control(ours)
     a, b = socket.socketpair()
     server.attach_socket(a, domid=0, confine=7)
@@ -219,6 +219,38 @@ async def test_a_defect_is_told_as_one(control: Control, caplog: pytest.LogCaptu
     assert "three kicks" in ended.reason
     await control.wait(lambda said: said == m.Unbind(51712, [9]))
     assert "a defect of evtchnd" in caplog.text
+
+
+async def test_a_worker_of_its_own_process_ends_by_a_defect(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In a pump, in a device's own coroutine, in any callback of the loop; not by a guest's fault."""
+    deaths: list[None] = []
+    loop = asyncio.get_running_loop()
+    async with worker(lambda: deaths.append(None)) as control:
+        fd = ram()
+        await add_memory(control, fd)
+        os.close(fd)
+        await attach(control, image(b""))
+        await control.wait(lambda said: isinstance(said, m.Ended))
+        assert not deaths
+        loop.call_soon(lambda: 1 // 0)
+        await asyncio.sleep(0.01)
+        assert len(deaths) == 1
+        await attach(control, image(b"9"))
+        await control.wait(lambda said: isinstance(said, m.Connected))
+        for _ in range(3):
+            os.eventfd_write(control.kicks[9], 1)
+            await counted_by(control.notifies[9])
+        # the pump of `echo` ends in order, what awaits it raises; here, where die() returns, it tells all the same
+        await control.wait(lambda said: isinstance(said, m.Ended))
+        assert len(deaths) == 2
+    loop.set_exception_handler(None)
+    lines = [record.message for record in caplog.records if record.message.endswith("its worker ends")]
+    assert lines == [
+        "domain 7: worker: a defect of evtchnd: its worker ends",
+        "domain 7: vbd 51712: a defect of evtchnd: its worker ends",
+    ]
 
 
 async def test_without_io_uring_threads_serve(control: Control, caplog: pytest.LogCaptureFixture) -> None:

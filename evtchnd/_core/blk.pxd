@@ -6,6 +6,17 @@ from evtchnd._core.words cimport (
     Area, Mem, copy, fence, get8, get16, get32, get64, ld32, put8, put16, put32, put64, st32, st64, sys_preadv, u32,
 )
 
+cdef extern from "points.h" nogil:
+    enum:
+        AT_START, AT_COPY, AT_COUNTER, AT_PIN, AT_INFLIGHT, AT_CONSUMED, AT_TAKEN, AT_UNPIN, AT_INDEX, AT_DONE
+        AT_RESPONSE, AT_ANSWERED, AT_TARGET, AT_RSP_PROD, AT_FREE, AT_PUBLISHED, AT_ARM, AT_SETTLE
+    void point "ev_point" (int label)
+    void ev_watch (uint64_t address)
+
+
+@cython.locals(address=uint64_t)
+cpdef object watch(object mem)
+
 
 @cython.final
 cdef class BlkRing:

@@ -27,6 +27,28 @@ except ImportError:
 from evtchnd.errors import GuestError, HostError
 
 if not cython.compiled:
+    from evtchnd._core.points import (
+        AT_ANSWERED,
+        AT_ARM,
+        AT_CONSUMED,
+        AT_COPY,
+        AT_COUNTER,
+        AT_DONE,
+        AT_FREE,
+        AT_INDEX,
+        AT_INFLIGHT,
+        AT_PIN,
+        AT_PUBLISHED,
+        AT_RESPONSE,
+        AT_RSP_PROD,
+        AT_SETTLE,
+        AT_START,
+        AT_TAKEN,
+        AT_TARGET,
+        AT_UNPIN,
+        point,
+        set_watch,
+    )
     from evtchnd._core.req import Req
     from evtchnd._core.words import (
         Area,
@@ -56,6 +78,23 @@ COMPILED: bool = bool(cython.compiled)
 # BLKIF_MAX_INDIRECT_PAGES_PER_REQUEST pages of 512 segments each. One call takes IOV_MAX (1024) vectors at most:
 # whoever carries a request out gives that many of them at a time (`Req.advance`).
 MOST_INDIRECT = 8 * 512
+
+
+def watch(mem: Mem | None) -> None:
+    """For tests of a worker's death: notes each step that this process passes, and ends it at one (see points.py).
+
+    mem: the watch's words, alive until another call; None: nobody watches, as it is in production.
+    """
+    if cython.compiled:
+        address = 0 if mem is None else mem.address
+        ev_watch(address)  # type: ignore[name-defined]  # noqa: F821
+    else:
+        set_watch(mem)
+
+
+def passed(label: int) -> None:
+    """A point of points.py, for callers in Python."""
+    point(label)
 
 
 class BlkRing:
@@ -157,11 +196,17 @@ class BlkRing:
         if self.started:
             raise ValueError("the ring is started")
         for entry in range(self.size):
+            point(AT_START)
             st32(self.jp, 128 + 128 * entry, 0)
+        point(AT_START)
         st64(self.jp, 16, self.consumed)
+        point(AT_START)
         st32(self.jp, 24, self.published)
+        point(AT_START)
         st32(self.jp, 28, self.published)
+        point(AT_START)
         put32(self.jp, 36, self.abi | self.size << 16)
+        point(AT_START)
         st32(self.jp, 32, 1)
         self.started = True
 
@@ -181,6 +226,9 @@ class BlkRing:
             raise HostError("journal: it was kept for a ring of another size or ABI")
         left = self.journal.restore(self.area.load(8), self.size)
         self.consumed = left.consumed
+        # A worker that died between INFLIGHT and this store: once the request is answered, nothing else would tell.
+        point(AT_SETTLE)
+        st64(self.jp, 16, self.consumed)
         self.req_cons = left.consumed & 0xFFFFFFFF
         self.published = left.published
         self.rsp_prod = (left.published + len(left.done)) & 0xFFFFFFFF
@@ -284,13 +332,18 @@ class BlkRing:
         self.free_count -= 1
         entry = get32(self.free.p, 4 * self.free_count)
         base = 128 + 128 * entry
+        point(AT_COPY)
         self.area.take(64 + (self.req_cons & self.mask) * self.entry_size, self.jp, base + 16, self.entry_size)
+        point(AT_COUNTER)
         st64(self.jp, base + 8, self.consumed)
         self.parse(req, entry)
+        point(AT_INFLIGHT)
         st32(self.jp, base, 1)  # INFLIGHT
         self.consumed += 1
         self.req_cons = u32(self.consumed)
+        point(AT_CONSUMED)
         st64(self.jp, 16, self.consumed)
+        point(AT_TAKEN)
         self.inflight += 1
         self.requests += 1
         return 0
@@ -369,6 +422,7 @@ class BlkRing:
             if part > 512:
                 part = 512
             gref = get32(self.jp, raw + self.o_indirect + 4 * page)
+            point(AT_PIN)
             address = self.grants.pin_page(gref, False)
             length = 8 * part
             if cython.compiled:
@@ -376,6 +430,7 @@ class BlkRing:
             else:
                 with self.memory.view_at(address, length) as view:
                     self.private.view[:length] = view
+            point(AT_UNPIN)
             self.grants.unpin_page(gref, False)
             for i in range(part):
                 self.segment(
@@ -400,6 +455,7 @@ class BlkRing:
     def segment(self, req: Req, gref: int, first: int, last: int) -> int:
         if first > last or last > 7:
             raise GuestError(f"segment {req.segments}: sectors {first} to {last} are not inside a page")
+        point(AT_PIN)
         address = self.grants.pin_page(gref, req.op == 0)  # a read from the disk writes to the page
         row = self.grants.row
         put32(req.scratch.p, req.grefs + 4 * req.held, gref)
@@ -432,6 +488,7 @@ class BlkRing:
     def unpin(self, req: Req) -> int:
         write = req.op == 0
         for i in range(req.held):
+            point(AT_UNPIN)
             self.grants.unpin_page(get32(req.scratch.p, req.grefs + 4 * i), write)
         req.held = 0
         return 0
@@ -445,9 +502,12 @@ class BlkRing:
     def finish(self, req: Req, status: int) -> int:
         self.unpin(req)
         base = 128 + 128 * req.entry
+        point(AT_INDEX)
         put32(self.jp, base + 4, self.rsp_prod)
+        point(AT_DONE)
         st32(self.jp, base, 2 | (status & 0xFFFF) << 16)  # DONE
         self.respond(self.rsp_prod, req.id, req.op, status)
+        point(AT_ANSWERED)
         self.rsp_prod = u32(self.rsp_prod + 1)
         put32(self.batch.p, 4 * self.batch_count, req.entry)
         self.batch_count += 1
@@ -474,6 +534,7 @@ class BlkRing:
         put64(self.response.p, 0, id)
         put8(self.response.p, 8, op)
         put16(self.response.p, 10, status)
+        point(AT_RESPONSE)
         self.area.give(64 + (index & self.mask) * self.entry_size, self.response.p, 0, self.entry_size)
         return 0
 
@@ -485,17 +546,21 @@ class BlkRing:
         old = self.published
         if new == old:
             return False
-        st32(self.jp, 28, new)  # target
+        point(AT_TARGET)
+        st32(self.jp, 28, new)
+        point(AT_RSP_PROD)
         st32(self.area.p, 8, new)
         fence()
         event = ld32(self.area.p, 12)
         for i in range(self.batch_count):
             entry = get32(self.batch.p, 4 * i)
+            point(AT_FREE)
             st32(self.jp, 128 + 128 * entry, 0)  # FREE
             put32(self.free.p, 4 * self.free_count, entry)
             self.free_count += 1
         self.batch_count = 0
-        st32(self.jp, 24, new)  # published
+        point(AT_PUBLISHED)
+        st32(self.jp, 24, new)
         self.published = new
         return u32(new - event) < u32(new - old)
 
@@ -503,6 +568,7 @@ class BlkRing:
         """Ask for a kick at the next request; True: there is one already, do not sleep."""
         if self.closed:
             raise ValueError("the ring is closed")
+        point(AT_ARM)
         return self.area.arm(0, self.req_cons)
 
     def pending(self) -> bool:

@@ -58,6 +58,7 @@ cdef class Poller:
     cdef readonly long long misses
     cdef readonly long long sleeps
     cdef readonly dict live
+    cdef public object defect
 
     cdef object __weakref__
     cdef long long _max

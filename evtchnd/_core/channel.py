@@ -21,7 +21,7 @@ except ImportError:
 
 from evtchnd import spurious
 from evtchnd._core.words import Mem
-from evtchnd.errors import VmmError
+from evtchnd.errors import EvtchndError, VmmError
 from evtchnd.seldom import Seldom
 
 if not cython.compiled:
@@ -87,6 +87,9 @@ _KICK: Any = _Kick()
 
 def _no() -> bool:
     return False
+
+
+def _nothing(_name: str, _error: BaseException) -> None: ...
 
 
 class Channel:
@@ -295,6 +298,8 @@ class Channel:
 
     def fail(self, error: Exception | None) -> None:
         """The coroutine is over (for the poller, too)."""
+        if self._poller is not None and error is not None and not isinstance(error, EvtchndError):
+            self._poller.defect(self.name, error)
         done = self._done
         self._leave()
         if done is None or done.done():
@@ -332,6 +337,7 @@ class Poller:
 
     max_us: the longest window in us; 0: never polls. Counters: `slices`, `hits` (polls that found work), `misses`
     (windows that found none), `sleeps`. `live`: the channels that are not armed, kept by them; a set in order.
+    `defect`, settable: gets a channel's name and what ended its pump and is our own fault, before anyone else.
     `close()` when no channel needs it any more.
     """
 
@@ -346,6 +352,7 @@ class Poller:
         self.sleeps = 0
         self._clock = clock
         self.live: dict[Channel, None] = {}
+        self.defect: Callable[[str, BaseException], None] = _nothing
         self._sources: tuple[Source, ...] = ()
         self._users: list[Source] = []
         self._next: asyncio.Handle | None = None

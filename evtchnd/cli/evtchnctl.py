@@ -74,7 +74,8 @@ def _info(args: Asked) -> None:
         "vcpus": domain["vcpus"],
         "ports": reply["ports"],
         "vmm": f"pid {reply['vmm_pid']}",
-        "worker": f"pid {worker['pid']}, {worker['restarts']} restarts",
+        "worker": f"pid {worker['pid']}, {worker['restarts']} restarts"
+        + (f", failing: {worker['failing']}" if worker["failing"] else ""),
     }
     for key, value in lines.items():
         print(f"{key:8} {value}")

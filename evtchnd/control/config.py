@@ -81,6 +81,10 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # the host one fork in half a minute at most.
     restart_pause_s: Seconds = 0.1
     restart_pause_max_s: Seconds = 30.0
+    # Workers of one domain that die in a row, none of them older than that pause: the domain is marked then, so that an
+    # operator sees it. Fewer than a handful may be the host's bad minute (its memory was short); with pauses that begin
+    # at 0.1 s five take 1.5 s.
+    worker_deaths: Annotated[int, Meta(ge=1, le=1000)] = 5
     # Operators are people and their scripts.
     operator_connections: Annotated[int, Meta(ge=1, le=1024)] = 32
     # Without a word; a script that holds its connection can open it again.

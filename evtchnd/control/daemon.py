@@ -365,7 +365,7 @@ class Daemon:
         return [_summary(domain) for _, (domain, _) in sorted(self._domains.items())]
 
     async def info(self, domid: int) -> dict[str, Any]:
-        """As in list(), and "slots", "grant_frames", "ports", "vmm_pid", "worker" {"pid", "restarts"} and
+        """As in list(), and "slots", "grant_frames", "ports", "vmm_pid", "worker" {"pid", "restarts", "failing"} and
         "devices": [{"kind", "devid", "vdev", "target", "readonly", "state" (xenbus), "counters" {name: int}, and of a
         disk "sectors" (of 512 bytes), "sector_size" (bytes), "cache" ("writeback", "none")}]
         and "consoles": [{"devid", "tty", "log", "state", "counters"}], and "vifs" as in vifs().
@@ -378,7 +378,11 @@ class Daemon:
             "grant_frames": len(domain.frames),
             "ports": len(domain.ports),
             "vmm_pid": self._domains[domid][1].peer.pid if domid in self._domains else 0,
-            "worker": {"pid": domain.supervisor.pid or 0, "restarts": domain.supervisor.restarts},
+            "worker": {
+                "pid": domain.supervisor.pid or 0,
+                "restarts": domain.supervisor.restarts,
+                "failing": domain.supervisor.failing,
+            },
             "vifs": self._vifs(domain, counters),
             "devices": [
                 {

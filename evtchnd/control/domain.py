@@ -115,7 +115,9 @@ class Domain:
 
     @property
     def state(self) -> str:
-        return "ended" if self._ended else "running" if self.running else "registered"
+        if self._ended or not self.running:
+            return "ended" if self._ended else "registered"
+        return "failing" if self.supervisor.failing else "running"
 
     # ---- memory and grant frames
 

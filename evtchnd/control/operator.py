@@ -61,6 +61,7 @@ class Device(Struct, frozen=True):
 class Worker(Struct, frozen=True):
     pid: int
     restarts: int
+    failing: str
 
 
 class Disk(Struct, frozen=True):

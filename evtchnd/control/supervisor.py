@@ -127,6 +127,7 @@ class Supervisor:
 
     def __init__(self, owner: Owner, workers: Workers, config: Config) -> None:
         self.restarts = 0
+        self.failing = ""  # why the domain is marked: its workers do not live
         self._owner = owner
         self._workers = workers
         self._config = config
@@ -275,19 +276,21 @@ class Supervisor:
     async def _keep(self, worker: _Worker | None) -> None:
         """Starts a worker again and again: at once, then after a pause that doubles, until one lives for a while."""
         limits = self._config.limits
-        loop = asyncio.get_running_loop()
-        pause = 0.0
+        pause, deaths = 0.0, 0
         while True:
             if worker is not None:
-                began = loop.time()
+                if await self._lives(worker):
+                    pause, deaths = 0.0, 0
+                    self._mark("")
                 how = await self._wait(worker)
                 self._worker = None
                 await self._finish(worker)
-                if loop.time() - began > limits.restart_pause_max_s:
-                    pause = 0.0
                 soon = f" in {pause:g} s" if pause else ""
                 pid = worker.process.pid if worker.process else 0
                 log.error("%s %d %s: starting another%s", self._name, pid, how, soon)
+                deaths += 1
+                if deaths >= limits.worker_deaths:
+                    self._mark(f"{deaths} workers died in a row, the last one {how}")
             await asyncio.sleep(pause)
             pause = min(max(pause * 2, limits.restart_pause_s), limits.restart_pause_max_s)
             try:
@@ -304,6 +307,30 @@ class Supervisor:
             except (HostError, VmmError, OSError) as exc:  # no descriptor is free, for one
                 worker = None
                 log.error("%s: %s: next try in %g s", self._name, exc, pause)
+                deaths += 1
+                if deaths >= limits.worker_deaths:
+                    self._mark(f"no worker after {deaths} tries: {exc}")
+
+    async def _lives(self, worker: _Worker) -> bool:
+        """Waits until it has lived for as long as the longest pause; False: it has ended before."""
+        ends = [worker.ended, worker.unlinked]
+        done, _ = await asyncio.wait(
+            ends, timeout=self._config.limits.restart_pause_max_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        return not done
+
+    def _mark(self, reason: str) -> None:
+        """The domain as failing, or with "" as served again; a line when it changes."""
+        was, self.failing = self.failing, reason
+        if reason and not was:
+            most = self._config.limits.restart_pause_max_s
+            log.error(
+                "%s: %s: the domain is marked as failing and its devices pause: see above for what ends its workers; "
+                "another one is tried each %g s at least",
+                *(self._name, reason, most),
+            )
+        elif was and not reason:
+            log.warning("%s: lives: the domain is served again", self._name)
 
     async def _wait(self, worker: _Worker) -> str:
         """How the worker ended. Its last words have been read then."""
@@ -332,13 +359,16 @@ class Supervisor:
             worker.process.close()
 
     async def _attach(self, worker: _Worker, disk: Disk) -> None:
+        def wanted() -> bool:
+            return self._worker is worker and disk.fd >= 0 and disk.devid not in worker.given
+
         if disk.uring >= 0:
-            await drained(disk)
-            disk.keep_uring(-1)
+            await drained(disk, wanted)
         elif disk.resumed:
-            await freed(disk)
-        if self._worker is not worker or disk.fd < 0 or disk.devid in worker.given:
+            await freed(disk, wanted)
+        if not wanted():  # the worker died meanwhile: what is kept now may be the next one's io_uring
             return
+        disk.keep_uring(-1)
         worker.given.add(disk.devid)
         id = next(self._ids)
         attach = m.Attach(
@@ -471,22 +501,22 @@ def _settle(future: asyncio.Future[str], text: str) -> None:
         future.set_result(text)
 
 
-async def drained(disk: Disk) -> None:
-    """Waits until the requests that a dead worker left to the kernel have ended."""
+async def drained(disk: Disk, wanted: Callable[[], bool]) -> None:
+    """Waits until the requests that a dead worker left to the kernel have ended, as long as that is `wanted`."""
     # -1: it was detached meanwhile
-    await _ended(disk, lambda: inflight_of(disk.uring) if disk.uring >= 0 else 0)
+    await _ended(disk, wanted, lambda: inflight_of(disk.uring) if disk.uring >= 0 else 0)
 
 
-async def freed(disk: Disk) -> None:
+async def freed(disk: Disk, wanted: Callable[[], bool]) -> None:
     """The same of the workers of a control plane before this one, and of those workers themselves."""
-    await _ended(disk, lambda: int(disk.journal >= 0 and not disk.free()))
+    await _ended(disk, wanted, lambda: int(disk.journal >= 0 and not disk.free()))
 
 
-async def _ended(disk: Disk, left: Callable[[], int]) -> None:
+async def _ended(disk: Disk, wanted: Callable[[], bool], left: Callable[[], int]) -> None:
     loop = asyncio.get_running_loop()
     warn = loop.time() + _SLOW_S
     pause = _LOOK_S
-    while count := left():
+    while wanted() and (count := left()):
         if loop.time() > warn:
             warn = float("inf")
             log.warning("%s: %d requests of a worker that died may still be in flight: waiting", disk.name, count)

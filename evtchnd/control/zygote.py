@@ -33,6 +33,7 @@ from evtchnd._core.uring import descriptor_of
 from evtchnd.control.descriptors import raise_limit
 from evtchnd.errors import HostError
 from evtchnd.worker.link import Link
+from evtchnd.worker.messages import DEFECT
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +194,8 @@ def _describe(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
+    if code == DEFECT:
+        return "ended by a defect"
     return f"exit status {code}" if code else ""
 
 

@@ -8,8 +8,9 @@ XenStore to the end of the device; cancelling it is the teardown (deadline: 10 s
 | returns                | the device is closed (`state` 6 and `online` 0): descriptors are closed         |
 | GuestError, HostError  | one line in the log, the control plane is told; the device is off, its nodes stay |
 | cancelled              | detach, end of the domain or of the worker                                      |
-| anything else          | our defect: a traceback in the log, and as GuestError                           |
+| anything else          | our defect: a traceback in the log, and the worker ends: the next one goes on   |
 
+What a pump raises (evtchnd/channel.py) and is no EvtchndError ends the worker at once, before any teardown.
 Whatever was bound by `bind()` and not unbound is unbound by the worker.
 """
 

@@ -39,11 +39,19 @@ _URING_ENTRIES = 256
 
 
 class Worker:
-    """Serves `sock` until its other end closes. `backends`: the coroutine of each kind of device."""
+    """Serves `sock` until its other end closes. `backends`: the coroutine of each kind of device.
 
-    def __init__(self, sock: socket.socket, backends: Mapping[str, Backend]) -> None:
+    die: ends this process, without a return, after a defect: what is in memory cannot be believed then, and the rings
+    and journals can; another worker goes on from them. None: it cannot (another domain is served here, too), and the
+    device alone is off.
+    """
+
+    def __init__(
+        self, sock: socket.socket, backends: Mapping[str, Backend], *, die: Callable[[], None] | None = None
+    ) -> None:
         self._sock = sock
         self._backends = backends
+        self._die = die
         self._ids = itertools.count(1)
         self._binds: dict[int, asyncio.Future[list[int]]] = {}
         self._keeps: dict[int, asyncio.Future[str]] = {}
@@ -58,6 +66,8 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._over = self._loop.create_future()
         self._link = Link(self._sock, self._received, self._closed, most=_MOST_WAITING)
+        if self._die is not None:
+            self._loop.set_exception_handler(self._raised)
         try:
             await self._over
         finally:
@@ -72,6 +82,24 @@ class Worker:
             self._link.close()
             if self._domain is not None:
                 await self._domain.close()
+
+    # -- defects
+
+    def _defect(self, name: str, error: BaseException) -> None:
+        """`error` is nobody's fault but ours: the worker ends, before anything that was in the middle goes on."""
+        if self._die is None:
+            return
+        try:
+            log.error("%s: a defect of evtchnd: its worker ends", name, exc_info=error)
+        finally:  # a log line may need the memory that there is not
+            self._die()
+
+    def _raised(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A callback of the loop raised; what a task raised has its own ways."""
+        error = context.get("exception")
+        if "handle" in context and error is not None and not isinstance(error, EvtchndError):
+            self._defect("worker" if self._domain is None else f"domain {self._domain.domid}: worker", error)
+        loop.default_exception_handler(context)
 
     # -- messages
 
@@ -94,6 +122,7 @@ class Worker:
                 self._answer(message.id, lambda: self._memory(message, fds), fds)
             case m.Setup():
                 self._domain = _Domain(message, socket.socket(fileno=fds[0]), self._loop)
+                self._domain.poller.defect = self._defect
                 self._send(m.Done(message.id))
             case m.Attach() | m.AttachConsole() | m.AttachVif():
                 self._spawn(self._attach(message, fds), message.id)
@@ -135,6 +164,7 @@ class Worker:
             except (EvtchndError, OSError) as exc:
                 self._send(m.Done(id, getattr(exc, "errno", None) or errno.EINVAL, str(exc)))
             except Exception as exc:
+                self._defect("worker", exc)
                 log.exception("worker: a defect of evtchnd")
                 self._send(m.Done(id, errno.EIO, f"defect: {exc!r}"))
             else:
@@ -378,6 +408,9 @@ class Worker:
     def _ended(self, running: _Running) -> None:
         """The backend's coroutine is over, whoever ended it."""
         device = running.device
+        error = None if running.task.cancelled() else running.task.exception()
+        if error is not None and not isinstance(error, EvtchndError):
+            self._defect(device.name, error)
         if self._devices.get(device.key) is running:
             del self._devices[device.key]
         for channel in device.left_over():
@@ -388,7 +421,7 @@ class Worker:
         locked = device.journal_fd if isinstance(device, Device) and device.hung else -1
         close_all(fd for fd in running.fds if fd != locked)
         if not running.task.cancelled():
-            self._send(m.Ended(device.key, _reason(device, running.task.exception())))
+            self._send(m.Ended(device.key, _reason(device, error)))
 
     async def _bind(self, devid: int, ports: Sequence[int]) -> list[tuple[int, int]]:
         id = next(self._ids)

@@ -38,6 +38,9 @@ import msgspec
 from evtchnd.control.config import Console, Poll, Vbd
 from evtchnd.errors import HostError
 
+DEFECT = 70
+"""Exit status of a worker that ends by a defect (sysexits.h: EX_SOFTWARE)."""
+
 
 class Message(msgspec.Struct, tag=True, array_like=True):
     """One of the messages below."""
