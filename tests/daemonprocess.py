@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent.parent
 class DaemonProcess:
     """A context manager; ends with the daemon ended in order, and its exit status and log looked at."""
 
-    def __init__(self, folder: Path, *, single: bool = False, quiet: bool = True, **limits: Any) -> None:
+    def __init__(
+        self, folder: Path, *, single: bool = False, quiet: bool = True, script: str = __file__, **limits: Any
+    ) -> None:
+        """`limits`: the configuration's keys. `script`: runs `main()` of this module, after what it does to it."""
         self.folder = folder
         self.vmm_socket = folder / "vmm.sock"
         self.log = folder / "log"
@@ -32,7 +35,7 @@ class DaemonProcess:
         paths = os.pathsep.join(str(ROOT / name) for name in (".", "backends", "tests"))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(folder), "single" if single else "zygote", json.dumps(limits)],
+                [sys.executable, script, str(folder), "single" if single else "zygote", json.dumps(limits)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -142,7 +145,7 @@ def main() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     config = msgspec.convert({"runtime_dir": sys.argv[1], **json.loads(sys.argv[3])}, Config)
-    zygote = Zygote.fork() if sys.argv[2] == "zygote" else None
+    zygote = Zygote.fork(sandbox=config.sandbox) if sys.argv[2] == "zygote" else None
     uvloop.run(serve(Daemon(config, zygote=zygote)))
 
 

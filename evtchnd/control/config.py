@@ -199,6 +199,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     log_format: LogFormat = "auto"
     # workers as tasks of the control plane, for debugging: a guest that stops one stops all
     single_process: bool = False
+    # workers without their sandbox (evtchnd/worker/sandbox.py), for debugging: a debugger, or a kernel without seccomp
+    sandbox: bool = True
     limits: Limits = field(default_factory=Limits)
     poll: Poll = field(default_factory=Poll)
     vbd: Vbd = field(default_factory=Vbd)

@@ -341,6 +341,7 @@ class Supervisor:
             disk.connected,
             sectors=disk.sectors,
             sector_size=disk.sector_size,
+            holes=disk.holes,
         )
         answer = await worker.ask(id, attach, [disk.fd, disk.journal])
         if isinstance(answer, m.Done) and answer.errno:

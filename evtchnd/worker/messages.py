@@ -94,6 +94,7 @@ class Attach(Message):
     connected: dict[str, Any] | None
     sectors: int = 0
     sector_size: int = 0
+    holes: tuple[int, int] | None = None
 
 
 class AttachConsole(Message):
