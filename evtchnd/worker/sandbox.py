@@ -30,6 +30,7 @@ import os
 import resource
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from evtchnd.errors import HostError
 
@@ -293,7 +294,8 @@ def prepare() -> None:
     """What the zygote's forks keep. HostError where this kernel or machine cannot."""
     machine = os.uname().machine
     program(machine)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(ValueError):  # EPERM: the unit's filter takes no prlimit64, and has LimitCORE=0
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if (failed := _prctl(_PR_SET_NO_NEW_PRIVS, 1)) < 0:
         raise HostError(f"sandbox: no_new_privs: {os.strerror(-failed)}")
     for capability in range(64):
@@ -306,7 +308,7 @@ def prepare() -> None:
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     now = ctypes.create_string_buffer(24)
-    # the unit's filter knows no capset, and there is nothing to give away then
+    # the unit's filter takes no capset, and has left nothing to give away
     failed = _syscall(_NR_CAPGET[machine], header, now)
     if failed == 0 and any(now.raw):
         failed = _syscall(_NR_CAPSET[machine], header, bytes(24))
