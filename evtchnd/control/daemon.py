@@ -441,8 +441,10 @@ class Daemon:
         loop.call_later(_ACCEPT_PAUSE_S, again)
 
     def register(self, register: p.Register, connection: VmmConnection) -> Domain:
-        """A new domain. VmmError: its number is taken, there are too many; HostError: no descriptors left."""
-        domid = register.domid
+        """A new domain. VmmError: its number is taken or another user's, there are too many; HostError: no descriptors
+        left.
+        """
+        domid, uid = register.domid, connection.peer.uid
         if domid in self._domains:
             other = self._domains[domid][1]
             raise VmmError(f"domain {domid}: registered already, by {other.peer}", errno.EEXIST)
@@ -451,6 +453,11 @@ class Daemon:
         if self._store is None:
             raise HostError(f"domain {domid}: evtchnd stops")
         entries = [entry for entry in self._config.domains if entry.domid == domid]
+        # a domain of before this process waits for its VMM: nobody else gets its number, its nodes or its guest
+        kept = toolstack.owner(self._server, domid) if self._server.kept(domid) else None
+        for other_uid, why in (*((entry.uid, "domains[].uid") for entry in entries), (kept, "it is kept for its VMM")):
+            if other_uid not in (None, uid) and uid != 0:
+                raise VmmError(f"domain {domid}: is uid {other_uid}'s ({why}), not {connection.peer}'s", errno.EPERM)
         disks = [spec for entry in entries for spec in entry.disk_specs]
         vifs = [spec for entry in entries for spec in entry.vif_specs]
         descriptors.require(DESCRIPTORS, f"domain {domid}")
@@ -464,6 +471,7 @@ class Daemon:
             network=self._network,
             config=self._config,
             attach=lambda: self._attach_configured(domain, disks, vifs),
+            owner=uid,
         )
         self._domains[domid] = (domain, connection)
         return domain

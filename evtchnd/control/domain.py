@@ -62,12 +62,14 @@ class Domain:
         network: Network,
         config: Config,
         attach: Callable[[], Awaitable[None]],
+        owner: int,
     ) -> None:
-        """`attach`: attaches what the config names, before the guest runs."""
+        """`attach`: attaches what the config names, before the guest runs. `owner`: the VMM's uid."""
         self.domid = register.domid
         self.name = register.name or f"domain-{register.domid}"
         self.uuid = str(uuid.UUID(bytes=register.uuid))
         self.vcpus = register.vcpus
+        self.owner = owner
         self.running = False
         self.resumed = isinstance(register, p.Resume)
         self.slots: dict[int, tuple[p.MemoryEntry, Held]] = {}
