@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         state = _state(args.state_fd, passed, kept=bool(notifier))
         period = sdnotify.watchdog_period()
         # before any loop, thread or socket exists: every worker is a copy of what is here now
-        zygote = None if config.single_process else Zygote.fork()
+        zygote = None if config.single_process else Zygote.fork(sandbox=config.sandbox)
         uvloop.run(_serve(config, zygote, notifier, passed, period, state, partial(_config, args)))
     except EvtchndError as exc:
         log.error("%s", exc)
@@ -141,6 +141,9 @@ async def _serve(
         notifier.ready(f"serving in {config.runtime_dir}")
         if not _core.COMPILED:
             log.warning("the core is not compiled and runs as Python, about five times slower: install gcc, then again")
+        if config.single_process or not config.sandbox:
+            key = "single_process = true" if config.single_process else "sandbox = false"
+            log.warning("no sandbox is between guests and this host (%s): for debugging only", key)
         log.info("evtchnd %s serves in %s", version(), config.runtime_dir)
         await told.wait()
         notifier.stopping()

@@ -25,8 +25,12 @@ ROOT = Path(__file__).parent.parent
 class DaemonProcess:
     """A context manager; ends with the daemon ended in order, and its exit status and log looked at."""
 
-    def __init__(self, folder: Path, *, single: bool = False, broken: str = "", **limits: Any) -> None:
-        """broken: a module of tests/ that the daemon imports first; it may log defects then."""
+    def __init__(
+        self, folder: Path, *, single: bool = False, broken: str = "", script: str = __file__, **limits: Any
+    ) -> None:
+        """`limits`: the configuration's keys. broken: a module of tests/ that the daemon imports first; it may log
+        defects then. `script`: runs `main()` of this module, after what it does to it.
+        """
         self.folder = folder
         self.vmm_socket = folder / "vmm.sock"
         self.log = folder / "log"
@@ -34,7 +38,7 @@ class DaemonProcess:
         paths = os.pathsep.join(str(ROOT / name) for name in (".", "backends", "tests"))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(folder), "single" if single else "zygote", json.dumps(limits), broken],
+                [sys.executable, script, str(folder), "single" if single else "zygote", json.dumps(limits), broken],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -147,7 +151,7 @@ def main() -> None:
         importlib.import_module(sys.argv[4])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     config = msgspec.convert({"runtime_dir": sys.argv[1], **json.loads(sys.argv[3])}, Config)
-    zygote = Zygote.fork() if sys.argv[2] == "zygote" else None
+    zygote = Zygote.fork(sandbox=config.sandbox) if sys.argv[2] == "zygote" else None
     uvloop.run(serve(Daemon(config, zygote=zygote)))
 
 

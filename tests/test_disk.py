@@ -20,6 +20,7 @@ import pytest
 from bareguest import Blkfront, Ram
 from evtchnd._core.uring import Uring
 from evtchnd.channel import Poller
+from evtchnd.control.disk import check_passed
 from evtchnd.errors import HostError
 from evtchnd_backends import bounce, threads
 from evtchnd_backends.disk import SLOW_NS, RawDisk
@@ -581,7 +582,10 @@ async def test_a_block_device(ram: Ram, image: Path, engine: str) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         pytest.skip(f"no loop device: {error}")
     try:
-        bench = Bench(ram, Path(made.stdout.strip()), engine)
+        # what the control plane reads in sysfs
+        with os.fdopen(os.open(made.stdout.strip(), os.O_RDONLY)) as device:
+            holes = check_passed(device.fileno(), readonly=True).holes
+        bench = Bench(ram, Path(made.stdout.strip()), engine, holes=holes)
         assert bench.disk.is_block
         assert bench.disk.sectors == SIZE // 512
         assert (bench.disk.sector_size, bench.disk.physical_sector_size) == (512, 512)

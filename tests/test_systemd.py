@@ -39,15 +39,19 @@ def test_units_are_without_fault(tmp_path: Path, tap: bool) -> None:
 
 
 @needs_systemd
-@pytest.mark.parametrize(("tap", "most"), [(False, 0.7), (True, 1.7)], ids=["plain", "tap"])
-def test_systemd_rates_the_service_as_safe(tmp_path: Path, tap: bool, most: float) -> None:
-    service = render(tmp_path, tap=tap)[0]
+@pytest.mark.parametrize(
+    ("name", "tap", "most"),
+    [("evtchnd", False, 0.7), ("evtchnd", True, 1.7), ("evtchnd-fd", False, 0.5)],
+    ids=["plain", "tap", "fd"],
+)
+def test_systemd_rates_the_service_as_safe(tmp_path: Path, name: str, tap: bool, most: float) -> None:
+    service = next(unit for unit in render(tmp_path, tap=tap) if unit.name == f"{name}.service")
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=yes", "--no-pager", f"--threshold={round(most * 10)}", service],
         capture_output=True,
         text=True,
     )
-    found = re.search(r"Overall exposure level for evtchnd.service: ([0-9.]+)", done.stdout)
+    found = re.search(rf"Overall exposure level for {name}.service: ([0-9.]+)", done.stdout)
     assert found, done.stdout + done.stderr
     assert float(found[1]) <= most, "\n".join(line for line in done.stdout.splitlines() if line.startswith("✗"))
     assert done.returncode == 0
@@ -67,10 +71,11 @@ def test_socket_units_are_named_as_the_daemon_names_them() -> None:
         assert path == f"/run/evtchnd/{said['FileDescriptorName']}.sock"
         found[said["FileDescriptorName"]] = kind
     assert found == KINDS
-    service = (SOURCE / "evtchnd.service.in").read_text()
-    assert sorted(re.findall(r"evtchnd-\w+\.socket", service.split("\nSockets=")[1].splitlines()[0])) == sorted(
-        unit.name for unit in SOURCE.glob("*.socket")
-    )
+    for template in ("evtchnd.service.in", "evtchnd-fd.service.in"):
+        service = (SOURCE / template).read_text()
+        assert sorted(re.findall(r"evtchnd-\w+\.socket", service.split("\nSockets=")[1].splitlines()[0])) == sorted(
+            unit.name for unit in SOURCE.glob("*.socket")
+        )
 
 
 @pytest.mark.skipif(not shutil.which("systemd-sysusers"), reason="package systemd is missing")

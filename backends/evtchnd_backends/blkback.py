@@ -86,6 +86,7 @@ async def run(device: Device) -> None:
         direct=device.direct,
         sectors=device.sectors,
         sector_size=device.sector_size,
+        holes=device.holes,
         poller=device.poller,
         name=device.name,
     )

@@ -67,6 +67,7 @@ class RawDisk:
     poller: **pass the device's**: it looks at this disk and calls `wake` when there is something to collect; without
     one the caller adds a reader of `eventfd` itself. direct: opened with O_DIRECT.
     sectors: of 512 bytes, sector_size: bytes; 0: as the image or device has them.
+    holes: of a block device, granularity and alignment in bytes, None where it cannot discard (only sysfs tells).
     name: for log lines and errors. HostError: neither a file nor a block device, or smaller than a sector.
 
     sectors, sector_size, physical_sector_size: for the nodes of these names.
@@ -86,6 +87,7 @@ class RawDisk:
         direct: bool = False,
         sectors: int = 0,
         sector_size: int = 0,
+        holes: tuple[int, int] | None = None,
         poller: Poller | None = None,
         name: str = "disk",
         clock: Callable[[], int] = monotonic_ns,
@@ -110,7 +112,7 @@ class RawDisk:
             physical //= 2
         self.physical_sector_size = physical
         self.nowait = not self.direct and takes_nowait(fd)
-        self.discard = None if readonly else punches(fd, found)
+        self.discard = None if readonly else holes if found.is_block else punches(fd, found)
         self._own: list[int] = []
         if uring is not None:
             eventfd = uring.eventfd

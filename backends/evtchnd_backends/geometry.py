@@ -6,7 +6,6 @@ import fcntl
 import os
 import stat
 import struct
-from contextlib import suppress
 from typing import NamedTuple, Self
 
 from evtchnd.blkif import SECTOR_SIZE
@@ -55,20 +54,14 @@ class Geometry(NamedTuple):
 
 
 def punches(fd: int, found: Geometry) -> tuple[int, int] | None:
-    """Granularity and alignment of holes in bytes, None where none can be punched.
+    """Granularity and alignment of holes in a file, in bytes, None where none can be punched.
 
-    Nothing is lost by asking: a file is asked behind its end.
+    Nothing is lost by asking: it is asked behind its end.
     """
-    if not found.is_block:
-        offset = (found.size + (1 << 20)) & ~(_PAGE - 1)
-        if fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, _PAGE) < 0:
-            return None
-        return found.physical_sector_size, 0
-    # A hole in a device is "write zeroes, unmap"; the kernel refuses it where the device cannot.
-    granularity, most = _queue_limit(fd, "discard_granularity"), _queue_limit(fd, "write_zeroes_max_bytes")
-    if not granularity or not most:
+    offset = (found.size + (1 << 20)) & ~(_PAGE - 1)
+    if fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, _PAGE) < 0:
         return None
-    return granularity, _queue_limit(fd, "../discard_alignment")
+    return found.physical_sector_size, 0
 
 
 def takes_nowait(fd: int) -> bool:
@@ -80,16 +73,6 @@ def takes_nowait(fd: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _queue_limit(fd: int, name: str) -> int:
-    device = os.fstat(fd).st_rdev
-    base = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
-    # A partition has its disk's queue.
-    for path in (f"{base}/queue/{name}", f"{base}/../queue/{name}"):
-        with suppress(OSError, ValueError), open(path) as file:  # noqa: PTH123 - sysfs, before the loop matters
-            return int(file.read())
-    return 0
 
 
 def _ioctl(fd: int, request: int, form: str) -> int:

@@ -175,6 +175,8 @@ class Domain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a domain gets as soon as its VMM has registered it."""
 
     domid: Annotated[int, Meta(ge=1, lt=DOMID_FIRST_RESERVED)]
+    # Whose VMM may register it, and so gets what is listed here; not there: whoever may connect to vmm.sock. And root.
+    uid: Annotated[int, Meta(ge=0, lt=1 << 32)] | None = None
     # xl's disk strings; see diskspec.py
     disks: tuple[str, ...] = ()
     # xl's vif strings; see vifspec.py
@@ -206,6 +208,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     log_format: LogFormat = "auto"
     # workers as tasks of the control plane, for debugging: a guest that stops one stops all
     single_process: bool = False
+    # workers without their sandbox (evtchnd/worker/sandbox.py), for debugging: a debugger, or a kernel without seccomp
+    sandbox: bool = True
     limits: Limits = field(default_factory=Limits)
     poll: Poll = field(default_factory=Poll)
     vbd: Vbd = field(default_factory=Vbd)

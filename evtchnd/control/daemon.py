@@ -485,8 +485,10 @@ class Daemon:
         loop.call_later(_ACCEPT_PAUSE_S, again)
 
     def register(self, register: p.Register, connection: VmmConnection) -> Domain:
-        """A new domain. VmmError: its number is taken, there are too many; HostError: no descriptors left."""
-        domid = register.domid
+        """A new domain. VmmError: its number is taken or another user's, there are too many; HostError: no descriptors
+        left.
+        """
+        domid, uid = register.domid, connection.peer.uid
         if domid in self._domains:
             other = self._domains[domid][1]
             raise VmmError(f"domain {domid}: registered already, by {other.peer}", errno.EEXIST)
@@ -499,6 +501,11 @@ class Daemon:
         if left is None:
             self._keeper.require(KEPT, f"domain {domid}")
         entries = [entry for entry in self._config.domains if entry.domid == domid]
+        # a domain of before this process waits for its VMM: nobody else gets its number, its nodes or its guest
+        kept = toolstack.owner(self._server, domid) if self._server.kept(domid) else None
+        for other_uid, why in (*((entry.uid, "domains[].uid") for entry in entries), (kept, "it is kept for its VMM")):
+            if other_uid not in (None, uid) and uid != 0:
+                raise VmmError(f"domain {domid}: is uid {other_uid}'s ({why}), not {connection.peer}'s", errno.EPERM)
         disks = [spec for entry in entries for spec in entry.disk_specs]
         vifs = [spec for entry in entries for spec in entry.vif_specs]
         descriptors.require(DESCRIPTORS, f"domain {domid}")
@@ -514,7 +521,7 @@ class Daemon:
             attach=lambda: self._attach_configured(domain, disks, vifs),
             keeper=self._keeper,
             left=left,
-            uid=uid,
+            owner=uid,
         )
         self._left.pop(domid, None)
         self._domains[domid] = (domain, connection)

@@ -33,12 +33,16 @@ _BLKSSZGET, _BLKGETSIZE64 = 0x1268, 0x80081272
 
 
 class Image(NamedTuple):
-    """An image that is open. size, sector_size: bytes; direct: with O_DIRECT."""
+    """An image that is open. size, sector_size: bytes; direct: with O_DIRECT.
+
+    holes: of a block device that can discard, granularity and alignment in bytes (a worker has no sysfs).
+    """
 
     fd: int
     size: int
     sector_size: int = SECTOR
     direct: bool = False
+    holes: tuple[int, int] | None = None
 
     @property
     def sectors(self) -> int:
@@ -83,6 +87,7 @@ class Disk:
         self.sectors = image.sectors
         self.sector_size = image.sector_size
         self.direct = image.direct
+        self.holes = image.holes
         self.discard = discard and not readonly
         self.target = target
         self.readonly = readonly
@@ -293,11 +298,12 @@ def resize_image(fd: int, size: int | None) -> int:
 
 def _image(fd: int, sector_size: int) -> Image:
     """HostError where its sectors cannot be so large, or a device does not tell."""
-    own = SECTOR
+    own, holes = SECTOR, None
     if stat.S_ISBLK(os.fstat(fd).st_mode):
         own = _ioctl(fd, _BLKSSZGET, "=i", "sector size")
+        holes = _holes(fd)
     direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-    image = Image(fd, _size(fd), sector_size or own, direct)
+    image = Image(fd, _size(fd), sector_size or own, direct, holes)
     if image.sector_size < own:
         raise HostError(f"its sectors have {own} bytes, the guest's cannot have {image.sector_size}")
     if direct and image.sectors and not _takes(fd, image.sector_size):
@@ -320,6 +326,22 @@ def _size(fd: int) -> int:
     """Bytes. HostError where a device does not tell."""
     status = os.fstat(fd)
     return _ioctl(fd, _BLKGETSIZE64, "=Q", "size") if stat.S_ISBLK(status.st_mode) else status.st_size
+
+
+def _holes(fd: int) -> tuple[int, int] | None:
+    """A hole in a device is "write zeroes, unmap"; the kernel refuses it where the device cannot."""
+    granularity, most = _queue_limit(fd, "discard_granularity"), _queue_limit(fd, "write_zeroes_max_bytes")
+    return (granularity, _queue_limit(fd, "../discard_alignment")) if granularity and most else None
+
+
+def _queue_limit(fd: int, name: str) -> int:
+    device = os.fstat(fd).st_rdev
+    base = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    # A partition has its disk's queue.
+    for path in (base / "queue" / name, base / ".." / "queue" / name):
+        with suppress(OSError, ValueError):
+            return int(path.read_text())
+    return 0
 
 
 def _ioctl(fd: int, request: int, form: str, what: str) -> int:

@@ -66,22 +66,22 @@ class Domain:
         config: Config,
         attach: Callable[[], Awaitable[None]],
         keeper: DescriptorStore,
+        owner: int,
         left: Left | None = None,
-        uid: int = 0,
     ) -> None:
         """`attach`: attaches what the config names, before the guest runs. left: what a process before this one has
-        left of it; uid: the VMM's user.
+        left of it; owner: the VMM's uid.
         """
         self.domid = register.domid
         self.name = register.name or f"domain-{register.domid}"
         self.uuid = str(uuid.UUID(bytes=register.uuid))
         self.vcpus = register.vcpus
+        self.owner = owner
         self.running = False
         self.resumed = isinstance(register, p.Resume)
         self.slots: dict[int, tuple[p.MemoryEntry, Held]] = {}
         self.frames: dict[int, tuple[p.GrantEntry, Held]] = {}
         self.ports = Ports(self.label, vmm, config.limits.ports)
-        self.uid = uid
         self.left = left
         self.disks: dict[int, Disk] = {}
         self._unpassed: dict[int, Disk] = {}  # of those that are left: their VMM has to pass them
@@ -329,7 +329,7 @@ class Domain:
 
     def _said(self) -> DomainState:
         disks = [disk.said() for disk in self.disks.values()]
-        return DomainState(domid=self.domid, uuid=self.uuid, uid=self.uid, disks=disks)
+        return DomainState(domid=self.domid, uuid=self.uuid, uid=self.owner, disks=disks)
 
     def held(self) -> dict[str, int]:
         """What the next process is given of it, by name."""

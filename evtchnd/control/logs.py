@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 _JOURNAL = "/run/systemd/journal/socket"
@@ -38,6 +39,14 @@ def setup(level: str, form: str = "auto") -> None:
         handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.raiseExceptions = False  # a log that cannot be written ends nobody
+
+
+def connect() -> None:
+    """What a fork's lines go through, opened now: from within a sandbox it cannot be."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, JournalHandler):
+            with suppress(OSError):  # then they go to standard error
+                handler.connect()
 
 
 def fields(record: logging.LogRecord, text: str) -> dict[str, str]:
@@ -100,19 +109,36 @@ class JournalHandler(logging.Handler):
         except Exception:
             self.handleError(record)
 
+    def connect(self) -> None:
+        """Makes this process' own socket. OSError: there is no journal."""
+        if self._sock is not None:
+            # a forked worker may have closed the descriptor, and its number may be another's by now
+            self._sock.detach()
+        self._sock = None
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(self._address)
+        except OSError:
+            sock.close()
+            raise
+        self._sock, self._pid = sock, os.getpid()
+
     def _send(self, datagram: bytes) -> None:
         if self._sock is None or self._pid != os.getpid():
-            if self._sock is not None:
-                # a forked worker may have closed the descriptor, and its number may be another's by now
-                self._sock.detach()
-            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-            self._pid = os.getpid()
+            self.connect()
+        sock = self._sock
+        if sock is None:
+            return
         try:
-            self._sock.sendto(datagram, self._address)
+            sock.send(datagram)
+        except ConnectionRefusedError:  # it is another one's by now
+            self._sock = None
+            sock.close()
+            raise
         except OSError as exc:
             if exc.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
                 raise
-            self._send_large(self._sock, datagram)
+            self._send_large(sock, datagram)
 
     def _send_large(self, sock: socket.socket, datagram: bytes) -> None:
         fd = os.memfd_create("journal-entry", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -120,7 +146,7 @@ class JournalHandler(logging.Handler):
             os.write(fd, datagram)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
-            sock.sendmsg([b""], rights, 0, self._address)
+            sock.sendmsg([b""], rights)
         finally:
             os.close(fd)
 

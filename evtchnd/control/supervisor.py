@@ -382,6 +382,7 @@ class Supervisor:
             sectors=disk.sectors,
             sector_size=disk.sector_size,
             vbd=disk.vbd,
+            holes=disk.holes,
         )
         journal = disk.lend()
         try:

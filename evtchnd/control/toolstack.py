@@ -54,6 +54,7 @@ class Introduced(Protocol):
     uuid: str
     vcpus: int
     store_port: int
+    owner: int
 
     @property
     def memory_bytes(self) -> int: ...
@@ -74,6 +75,17 @@ _WITH_RING = (XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSIN
 def home(domid: int) -> str:
     """/local/domain/7"""
     return f"/local/domain/{domid}"
+
+
+def _owner(domid: int) -> str:
+    """Who may come back for it: with the other nodes it outlives the daemon. No guest reads it."""
+    return f"/tool/evtchnd/owner/{domid}"
+
+
+def owner(server: Server, domid: int) -> int | None:
+    """The uid of the VMM that registered a domain; None: it is not known."""
+    text = server.get(_owner(domid), "") or ""
+    return int(text) if text.isdecimal() else None
 
 
 def backend(device: Placed) -> str:
@@ -101,6 +113,7 @@ def add_domain(server: Server, domain: Introduced) -> None:
         if vm in _vms(t):
             vm = f"{vm}-{domid}"
         t.rm(vm)
+        t.write(_owner(domid), domain.owner, perms=["n0"])
         t.mkdir(vm, perms=readable)
         t.write(f"{vm}/uuid", domain.uuid, perms=readable)
         t.write(f"{vm}/name", domain.name, perms=readable)
@@ -143,6 +156,7 @@ def remove_domain(server: Server, domid: int, uuid: str) -> None:
     with server.transaction() as t:
         for kind in t.ls("/local/domain/0/backend") if t.exists("/local/domain/0/backend") else []:
             t.rm(f"/local/domain/0/backend/{kind}/{domid}")
+        t.rm(_owner(domid))
         t.rm(f"{home(domid)}/vm")
         for vm in {f"/vm/{uuid}", f"/vm/{uuid}-{domid}"} - _vms(t):
             t.rm(vm)

@@ -30,6 +30,7 @@ from typing import Protocol
 
 from evtchnd import transport
 from evtchnd._core.uring import descriptor_of
+from evtchnd.control import logs
 from evtchnd.control.descriptors import raise_limit
 from evtchnd.errors import HostError
 from evtchnd.worker.link import Link
@@ -110,13 +111,16 @@ class Zygote:
         self._ends: dict[int, Ended] = {}
 
     @classmethod
-    def fork(cls) -> Zygote:
-        """Forks the zygote: before any event loop or thread exists, after logging is set up on standard error."""
+    def fork(cls, *, sandbox: bool = True) -> Zygote:
+        """Forks the zygote: before any event loop or thread exists, after logging is set up on standard error.
+
+        sandbox: whether workers are confined (evtchnd/worker/sandbox.py).
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _run(lambda: _serve(theirs.fileno(), parent))
+            _run(lambda: _serve(theirs.fileno(), parent, sandboxed=sandbox))
         theirs.close()
         return cls(ours, pid)
 
@@ -248,10 +252,13 @@ def _keep_only(fd: int) -> socket.socket:
     return socket.socket(fileno=os.dup(fd))
 
 
-def _serve(fd: int, parent: int) -> None:
-    from evtchnd.worker.main import serve  # imported here: every worker is a copy of this process
+def _serve(fd: int, parent: int, *, sandboxed: bool) -> None:
+    from evtchnd.worker import sandbox  # imported here: every worker is a copy of this process
+    from evtchnd.worker.main import serve
 
     _become("evtchnd-zygote", parent)
+    # libuv's own io_uring would be one more way around the workers' filter
+    os.environ["UV_USE_IO_URING"] = "0"
     # A terminal's Ctrl-C and systemd's SIGTERM reach every process: the control plane alone decides in which order
     # workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -260,6 +267,10 @@ def _serve(fd: int, parent: int) -> None:
     sock = _keep_only(fd)
     os.close(fd)
     me = os.getpid()
+    if sandboxed:
+        sandbox.prepare()
+        if not sandbox.landlock_abi():
+            log.warning("this kernel has no Landlock: what keeps workers from files is their system call filter alone")
     gc.collect()
     gc.freeze()  # or the first collection in each worker touches, and so copies, every page
     workers: dict[int, int] = {}  # pidfd -> pid
@@ -287,7 +298,7 @@ def _serve(fd: int, parent: int) -> None:
             if pid == 0:
                 sock.close()
                 transport.close_all(workers)
-                _run(lambda fd=theirs: _work(fd, me, serve))  # type: ignore[misc]
+                _run(lambda fd=theirs: _work(fd, me, serve, sandboxed))  # type: ignore[misc]
             os.close(theirs)
             pidfd = os.pidfd_open(pid)
             workers[pidfd] = pid
@@ -295,6 +306,7 @@ def _serve(fd: int, parent: int) -> None:
             transport.send(sock, _STARTED.pack(pid), [pidfd])
 
 
-def _work(fd: int, parent: int, serve: Callable[[socket.socket], None]) -> None:
+def _work(fd: int, parent: int, serve: Callable[..., None], sandboxed: bool) -> None:
     _become("evtchnd-worker", parent)
-    serve(socket.socket(fileno=fd))
+    logs.connect()
+    serve(socket.socket(fileno=fd), sandboxed=sandboxed)

@@ -142,6 +142,7 @@ class Device(AnyDevice):
     disk_fd         the image or block device, opened by the control plane; belongs to the worker, not closed by run()
     readonly, cdrom, direct   how the disk was attached (direct: opened with O_DIRECT)
     sectors, sector_size   the disk's size in 512-byte units, its sectors in bytes; 0: as the disk says
+    holes           of a block device: what it discards at once and from where on, in bytes; None: it does not
     journal_fd      the in-flight journals' memfd, made by the control plane for the most and largest rings allowed
     options         the `vbd` table of the configuration (control/config.py: Vbd)
     hung            set by the backend at its end: requests are still at the disk, and the journal stays locked
@@ -161,6 +162,7 @@ class Device(AnyDevice):
         options: Vbd,
         sectors: int = 0,
         sector_size: int = 0,
+        holes: tuple[int, int] | None = None,
         **shared: Any,
     ) -> None:
         """`shared`: what AnyDevice takes."""
@@ -176,6 +178,7 @@ class Device(AnyDevice):
         self.sectors = sectors
         self.sector_size = sector_size
         self.hung = False
+        self.holes = holes
         self.resize: Callable[[int], Awaitable[None]] = self._resize
 
     async def _resize(self, sectors: int) -> None:

@@ -319,6 +319,7 @@ class Worker:
                 **self._shared(domain, store, attach.devid, attach.connected),
                 sectors=attach.sectors,
                 sector_size=attach.sector_size,
+                holes=attach.holes,
             )
         except BaseException:
             if uring is not None:

@@ -7,6 +7,7 @@ import socket
 
 import uvloop
 
+from evtchnd.worker import sandbox
 from evtchnd.worker.domain import Backend, Worker
 from evtchnd.worker.messages import DEFECT
 from evtchnd_backends import blkback, console, netback  # the one line that binds backends to the daemon
@@ -14,9 +15,18 @@ from evtchnd_backends import blkback, console, netback  # the one line that bind
 BACKENDS: dict[str, Backend] = {"vbd": blkback.run, "console": console.run, "vif": netback.run}
 
 
-def serve(sock: socket.socket) -> None:
-    """Serves the control plane's `sock` until it closes."""
-    uvloop.run(Worker(sock, BACKENDS, die=_die).run())
+def serve(sock: socket.socket, *, sandboxed: bool) -> None:
+    """Serves the control plane's `sock` until it closes. HostError: there is no sandbox here."""
+
+    async def life() -> None:
+        if sandboxed:
+            # the loop has its descriptors, and nothing of the control plane has been read
+            sandbox.enter()
+        await Worker(sock, BACKENDS, die=_die).run()
+
+    # not uvloop.run(): each run of a loop begins with a socketpair, and it would run once more to clean up; this
+    # process ends instead
+    uvloop.new_event_loop().run_until_complete(life())
 
 
 def _die() -> None:

@@ -99,6 +99,7 @@ class Attach(Message):
     sectors: int = 0
     sector_size: int = 0
     vbd: Vbd | None = None
+    holes: tuple[int, int] | None = None
 
 
 class AttachConsole(Message):

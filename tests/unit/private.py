@@ -55,8 +55,6 @@ class PrivateSystemd:
         self._cgroup = f"evtchnd-unit-{uuid.uuid4().hex}"
         folder.chmod(0o755)
         render(folder / "units")
-        overrides = folder / "units/evtchnd.service.d"
-        overrides.mkdir()
         # what the service has to read may lie where a service sees nothing
         hidden = {"ProtectHome": ["/home", "/root", "/run/user"], "PrivateTmp": ["/tmp", "/var/tmp"]}
         lines = [
@@ -64,7 +62,10 @@ class PrivateSystemd:
             for setting, places in hidden.items()
             if any(path.is_relative_to(place) for path in (ROOT, *_interpreter()) for place in places)
         ]
-        (overrides / "place.conf").write_text("\n".join(["[Service]", *lines, ""]))
+        for service in ("evtchnd.service", "evtchnd-fd.service"):
+            overrides = folder / f"units/{service}.d"
+            overrides.mkdir()
+            (overrides / "place.conf").write_text("\n".join(["[Service]", *lines, ""]))
         shutil.copy(SOURCE / "sysusers.d/evtchnd.conf", folder / "sysusers.conf")
         shutil.copy(SOURCE / "tmpfiles.d/evtchnd.conf", folder / "tmpfiles.conf")
         self._log = (folder / "boot.log").open("w")

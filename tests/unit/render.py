@@ -14,14 +14,17 @@ def render(folder: Path, *, tap: bool = False) -> list[Path]:
     """Units into `folder`, with the running interpreter's evtchnd; `tap`: with the drop-in. Returns the units."""
     folder.mkdir(parents=True, exist_ok=True)
     bindir = Path(sys.executable).parent
-    text = (SOURCE / "evtchnd.service.in").read_text().replace("@bindir@", str(bindir))
-    if not (bindir / "evtchnd").exists():
-        # not installed: the checkout itself
-        text = text.replace(f"ExecStart={bindir}/evtchnd", f"ExecStart={sys.executable} -m evtchnd")
-        text = text.replace("[Service]", f"[Service]\nEnvironment=PYTHONPATH={ROOT}:{ROOT}/backends", 1)
-    units = [folder / "evtchnd.service"]
-    units[0].write_text(text)
+    units = []
+    for name in ("evtchnd.service", "evtchnd-fd.service"):
+        text = (SOURCE / f"{name}.in").read_text().replace("@bindir@", str(bindir))
+        if not (bindir / "evtchnd").exists():
+            # not installed: the checkout itself
+            text = text.replace(f"ExecStart={bindir}/evtchnd", f"ExecStart={sys.executable} -m evtchnd")
+            text = text.replace("[Service]", f"[Service]\nEnvironment=PYTHONPATH={ROOT}:{ROOT}/backends", 1)
+        units.append(folder / name)
+        units[-1].write_text(text)
     units += [Path(shutil.copy(source, folder)) for source in sorted(SOURCE.glob("*.socket"))]
+    shutil.copy(SOURCE / "evtchnd-fd.socket.conf", folder)
     if tap:
         shutil.copytree(SOURCE / "evtchnd.service.d", folder / "evtchnd.service.d")
     return units

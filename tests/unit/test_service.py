@@ -272,6 +272,38 @@ def test_a_guest_is_served_within_the_sandbox(systemd: PrivateSystemd) -> None:
     systemd.run("journalctl", "--sync")
     # io_uring, and the control plane's copy of it (pidfd_getfd), pass the filter
     assert "served by threads" not in systemd.run("journalctl", "--no-pager", "-o", "cat")
+    # a worker cannot make the journal's socket any more
+    connected = systemd.run("journalctl", "--no-pager", "-o", "json", "DOMID=7", "DEVICE=vbd 51712")
+    (line,) = [entry for entry in map(json.loads, connected.splitlines()) if ": connected" in str(entry["MESSAGE"])]
+    assert (line["_TRANSPORT"], line["_COMM"]) == ("journal", "evtchnd-worker")
+
+
+def test_a_service_that_opens_nothing(systemd: PrivateSystemd) -> None:
+    """evtchnd-fd.service: a VMM passes an image and a TAP that are root's alone; its worker has less than its unit."""
+    fd_service = "evtchnd-fd.service"
+    systemd.run("systemctl", "stop", *SOCKETS)
+    for name in SOCKETS:
+        systemd.run("mkdir", "-p", f"/run/units/{name}.d")
+        systemd.run("cp", "/run/units/evtchnd-fd.socket.conf", f"/run/units/{name}.d/")
+    systemd.run("bash", "-c", "rm -f /run/tun; mknod -m 600 /run/tun c 10 200")
+    systemd.run("systemctl", "daemon-reload")
+    try:
+        systemd.run("systemctl", "start", *SOCKETS)
+        said = json.loads(systemd.python((Path(__file__).parent / "passed.py").read_text()))
+        assert (said["read"], said["written"]) == (True, True)
+        assert systemd.show(fd_service, "ActiveState") == "active"
+        assert systemd.show(SERVICE, "ActiveState") == "inactive"
+        status = dict(line.split(":\t", 1) for line in said["status"].splitlines() if ":\t" in line)
+        pid = systemd.show(fd_service, "MainPID")
+        unit = systemd.run("grep", "Seccomp_filters", f"/proc/{pid}/status").split()[1]
+        assert int(status["Seccomp_filters"]) == int(unit) + 1
+        assert {int(status[which], 16) for which in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+        assert status["Uid"].split()[0] == systemd.run("id", "-u", "evtchnd").strip()
+        assert said["refused"] == "evtchnctl: /var/lib/passed.img: Permission denied (attach it read-only?)\n"
+    finally:
+        systemd.run("systemctl", "stop", *SOCKETS, fd_service, check=False)
+        systemd.run("bash", "-c", "rm -rf /run/units/evtchnd-*.socket.d /var/lib/passed.img /run/tun")
+        systemd.run("systemctl", "daemon-reload")
 
 
 @pytest.mark.parametrize("capability", [True, False], ids=["made by the service", "made for its user"])
