@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from evtchnd.bench import blk, guest, net, netguest, report, wakeup, xenstore
+from evtchnd.bench import blk, guest, net, netguest, reliability, report, wakeup, xenstore
 from evtchnd.errors import EvtchndError
 
 
@@ -26,6 +26,8 @@ def parser() -> argparse.ArgumentParser:
         "netguest", help="iperf3 and ping in a real guest in the lab, beside QEMU's xen-net-device"
     )
     netguest.add_arguments(wired)
+    lasting = commands.add_parser("reliability", help="workers and daemons that die, guests that attack: what others see")
+    reliability.add_arguments(lasting)
     for command, run in (
         (block, blk.run),
         (waking, wakeup.run),
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         (network, net.run),
         (real, guest.run),
         (wired, netguest.run),
+        (lasting, reliability.run),
     ):
         command.set_defaults(run=run)
         command.add_argument("--json", metavar="FILE", help="readings and ratios; -: alone on standard output")
