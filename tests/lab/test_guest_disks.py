@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.patience import patient
 from lab.realguest import MIB, VCPUS, RealGuest, until
 from scale import scaled
 
@@ -84,6 +85,8 @@ def test_fio_verifies_while_workers_die(guest: RealGuest) -> None:
         os.kill(pid, signal.SIGKILL)
         until(lambda pid=pid: guest.call("Info")["worker"]["pid"] not in (0, pid))  # type: ignore[misc]
         assert guest.call("Info")["worker"]["restarts"] == restarts + kill
+    assert guest.vmm is not None
+    guest.vmm.rejoined(patient(20))
     guest.run("kill -0 $job && kill -INT $job; wait $job || true; ! grep -qi 'verify: bad\\|error' /tmp/fio", 60)
     guest.run("echo 3 >/proc/sys/vm/drop_caches")
     guest.run(f"{job} --name=w --rw=randwrite --loops=1", 60)
