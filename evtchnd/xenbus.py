@@ -64,7 +64,7 @@ TRANSITIONS: Mapping[XenbusState, tuple[Step, ...]] = {
 
 _STATES = {str(int(state)): state for state in XenbusState}
 
-# The frontend holds no ring in these: a detach does not wait for it.
+# The frontend holds no ring in these: a detach does not wait for it, a new worker does not look for it.
 _WITHOUT_RING = frozenset({XenbusState.UNKNOWN, XenbusState.INITIALISING, XenbusState.CLOSED})
 
 
@@ -131,11 +131,18 @@ class Backend:
             self._lost = exc
             self._changed.set()
 
-    async def resume(self) -> None:
-        """An earlier worker had connected: no handshake, the frontend must not notice."""
+    async def resume(self) -> bool:
+        """An earlier worker had connected: no handshake, the frontend must not notice.
+
+        False: the frontend has let go of its ring meanwhile. Its pages and grants may be another's now: touch nothing,
+        the next step says what is to be done.
+        """
         self.state = XenbusState.CONNECTED
+        if parse_state(await self._store.get(f"{self._frontend}/state")) in _WITHOUT_RING:
+            return False
         if parse_state(await self._store.get(f"{self._backend}/state")) in (_2, _8):
             await self.switch(XenbusState.CONNECTED)  # it had not come to that
+        return True
 
     def fail(self, failure: Exception) -> None:
         """The ring cannot be served any more: the next step is FAIL."""

@@ -101,6 +101,34 @@ async def test_a_ring_that_cannot_be_attached_again_is_forgotten(tmp_path: Path)
         disk.release()
 
 
+@pytest.mark.parametrize("state", [XenbusState.CLOSED, XenbusState.INITIALISING])
+async def test_a_ring_that_its_guest_let_go_while_no_worker_was_there_is_not_touched(
+    tmp_path: Path, state: XenbusState
+) -> None:
+    """Its pages may be anything by now: a response, or the data of a request, would be written into it."""
+    file, _ = image(tmp_path)
+    async with host() as world:
+        device = world.attach(VBD, file)
+        disk = front(world, depth=2)
+        await world.guest(disk.connect)
+        params = world.reported[VBD]
+        await world.kill(VBD)
+
+        def let_go() -> None:
+            disk.submit_read(0, 8)
+            disk.push()
+            disk.bus.switch(state)
+
+        await world.guest(let_go)
+        world.run(VBD, device.disk_fd, device.journal_fd, readonly=False, options=device.options, connected=params)
+        wanted = {XenbusState.CLOSED: "6", XenbusState.INITIALISING: "2"}[state]
+        await world.until(lambda: world.state(VBD) == wanted, wanted)
+        assert world.reported[VBD] is None
+        assert not disk.ring.pending()
+        assert world.grants.pinned == 0
+        disk.queues[0].release()
+
+
 async def test_a_guest_does_not_fill_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file, _ = image(tmp_path, 64 * 1024)
     async with host() as world:

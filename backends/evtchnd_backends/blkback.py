@@ -98,8 +98,7 @@ async def run(device: Device) -> None:
             # the toolstack's word, as Linux' backend reads it: not there is yes
             if await device.store.get(f"{device.backend_path}/discard-enable") == "0":
                 disk.discard = None
-            if device.connected is not None:
-                await bus.resume()
+            if device.connected is not None and await bus.resume():
                 try:
                     await connect(blkif.Rings.from_params(device.connected), again=True)
                 except GuestError as error:

@@ -114,8 +114,7 @@ async def _by_xenbus(device: ConsoleDevice, screen: Screen) -> None:
     bus = xenbus.Backend(device.store, device.name, device.backend_path, device.frontend_path)
     async with bus:
         try:
-            if device.connected is not None:
-                await bus.resume()
+            if device.connected is not None and await bus.resume():
                 try:
                     await connect(device.connected["gref"], device.connected["port"], again=True)
                 except GuestError as error:

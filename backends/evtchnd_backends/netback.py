@@ -138,8 +138,7 @@ async def run(device: VifDevice) -> None:
         follower = device.loop.create_task(follow())
         on_failure(follower, bus.fail)
         try:
-            if device.connected is not None:
-                await bus.resume()
+            if device.connected is not None and await bus.resume():
                 try:
                     await connect(netif.Rings.from_params(device.connected), again=True)
                 except GuestError as error:

@@ -32,7 +32,6 @@ from evtchnd._core.blk import watch
 from evtchnd._core.points import DUE, FIRST, LABELS, PASSED
 from evtchnd.abi import PAGE_SIZE
 from evtchnd.bench.crashguest import BLOCKS, Guest
-from evtchnd.bench.crashpump import Pump
 from evtchnd.bench.crashring import Worker
 from evtchnd.blkif import X86_32, X86_64, Layout, Op
 from evtchnd.errors import EvtchndError, HostError
@@ -233,6 +232,8 @@ class Bench:
         if fresh:
             guest.forget()
         if plan.pump:
+            from evtchnd.bench.crashpump import Pump  # a smaller process forks faster
+
             pump = Pump(guest, plan.order, push_each=plan.push_each, direct=plan.early, again=not fresh)
             status = fork(guest, pump.serve, pump.parent)
         else:

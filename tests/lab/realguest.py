@@ -56,7 +56,9 @@ class RealGuest:
         subprocess.run(["cp", "--sparse=always", self.image.root, self.root], check=True)
         self._start = start or Start(self.image.kernel, APPEND, self.image.initramfs)
         installed(self)
-        self.daemon = Daemon(folder, f"[limits]\ndetach_s = {patient(10)}\n")
+        # tests kill workers one after the other: no long pauses
+        pauses = "restart_pause_max_s = 0.5\nworker_deaths = 1000\n"
+        self.daemon = Daemon(folder, f"[limits]\ndetach_s = {patient(10)}\n{pauses}")
         self.vmm: EvtchndGuest | None = None
         try:
             self.boot()

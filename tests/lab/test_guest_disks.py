@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from lab.patience import patient
 from lab.realguest import MIB, VCPUS, RealGuest, until
+from scale import scaled
 
 pytestmark = pytest.mark.timeout(120)
 FIO = "cd /tmp && fio --ioengine=libaio --direct=1 --minimal"
@@ -61,6 +66,33 @@ def test_fio_verifies(guest: RealGuest, depth: int) -> None:
     guest.run(f"{job} --name=r --rw=randread --verify_fatal=1 --randseed=1", 60)
     guest.fails(f"{job} --name=r --rw=randread --verify_fatal=1 --offset=80M --size=4k")
     assert guest.device("xvdb")["counters"]["errors"] == 0
+
+
+@pytest.mark.timeout(1200)
+def test_fio_verifies_while_workers_die(guest: RealGuest) -> None:
+    """Reads of what was written, beside the writes, over kills at any moment; then all of it once more."""
+    job = f"{FIO} --filename=/dev/xvdb --offset=40M --size=4M --iodepth=16 --bs=4k --verify=md5 --verify_fatal=1"
+    writes = f"{job} --name=w --rw=randwrite --verify_backlog=64 --loops=1000"
+    guest.run(f"{writes} --time_based --runtime=1000 >/tmp/fio 2>&1 & job=$!")
+    restarts = guest.call("Info")["worker"]["restarts"]
+    chance = random.Random(1)
+    kills = scaled(60, least=5)
+    for kill in range(1, kills + 1):
+        before = guest.device("xvdb")["counters"].get("requests", 0)
+        until(lambda before=before: guest.device("xvdb")["counters"].get("requests", 0) > before + 20)  # type: ignore[misc]
+        time.sleep(chance.random() * 0.3)
+        pid = guest.call("Info")["worker"]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        until(lambda pid=pid: guest.call("Info")["worker"]["pid"] not in (0, pid))  # type: ignore[misc]
+        assert guest.call("Info")["worker"]["restarts"] == restarts + kill
+    assert guest.vmm is not None
+    guest.vmm.rejoined(patient(20))
+    guest.run("kill -0 $job && kill -INT $job; wait $job || true; ! grep -qi 'verify: bad\\|error' /tmp/fio", 60)
+    guest.run("echo 3 >/proc/sys/vm/drop_caches")
+    guest.run(f"{job} --name=w --rw=randwrite --loops=1", 60)
+    guest.run(f"{job} --name=r --rw=randread --randseed=1", 60)
+    assert guest.device("xvdb")["counters"]["errors"] == 0
+    guest.fails("dmesg | grep -i 'blkfront.*error\\|i/o error, dev xvd\\|still in use'")
 
 
 @pytest.mark.parametrize("depth", [1, 32])
