@@ -1,8 +1,7 @@
 """How long guests wait when the daemon is killed: soft guests under a checked load, `evtchnd --keep` and SIGKILL.
 
-A guest's pause is the longest time in which none of its requests was answered, from before the kill until it is served
-again; it contains the load's own think time. Guests are spread over a few processes, each with its own VMMs: this
-one only kills and waits.
+A guest's pause is the longest time in which none of its requests was answered; each has one in flight when the daemon
+is killed. Guests are spread over a few processes, each with its own VMMs: this one only kills and waits.
 """
 
 from __future__ import annotations
@@ -30,8 +29,9 @@ from evtchnd.guest.xenstore import XenStore
 from evtchnd.vmm.soft import MiB, SoftVmm
 
 DEVID, BLOCKS = 51712, 64
-# A guest that asks for something every so often, as most do: the machine is not full before anything happens.
-THINK_S = 0.02
+# Requests a second of all guests together: the load is there and checked, and does not take the processors that those
+# who come later need to come back.
+_RATE = 500
 _START_S = 120.0
 _PROCESSES = 4
 
@@ -47,7 +47,7 @@ def restarts(domains: int, rounds: int, *, seed: int = 0) -> dict[str, float]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evtchnd-restarts-")))
         keeper = stack.enter_context(_kept(folder))
         shares = [list(range(1 + n, domains + 1, _PROCESSES)) for n in range(min(_PROCESSES, domains))]
-        guests = [stack.enter_context(_Guests(folder, share)) for share in shares]
+        guests = [stack.enter_context(_Guests(folder, domains / _RATE, share)) for share in shares]
         for each in guests:
             each.wait()
         for _ in range(rounds):
@@ -104,8 +104,8 @@ def _daemon(keeper: int) -> int:
 class _Guests:
     """Some guests in a process of their own. A context manager."""
 
-    def __init__(self, folder: Path, domids: list[int]) -> None:
-        command = [sys.executable, "-m", "evtchnd.bench.restarts", str(folder), *map(str, domids)]
+    def __init__(self, folder: Path, think_s: float, domids: list[int]) -> None:
+        command = [sys.executable, "-m", "evtchnd.bench.restarts", str(folder), str(think_s), *map(str, domids)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def wait(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class _Guests:
 
 
 class _Guest:
-    def __init__(self, folder: Path, domid: int) -> None:
+    def __init__(self, folder: Path, domid: int, think_s: float) -> None:
         self.path = folder / f"{domid}.img"
         self.path.write_bytes(bytes(BLOCKS * BLOCK))
         self.vm = SoftVmm(folder / "vmm.sock", domid, memory=16 * MiB, come_back=True)
@@ -141,7 +141,7 @@ class _Guest:
         evtchnctl(folder, "block-attach", str(domid), f"{self.path},raw,xvda,w")
         self.front = Blkfront(domain, XenStore(domain), DEVID, depth=1, spin_us=0)
         self.front.connect()
-        self.load = CheckedLoad(self.front, BLOCKS, depth=1, seed=domid, think_s=THINK_S)
+        self.load = CheckedLoad(self.front, BLOCKS, depth=1, seed=domid, think_s=think_s)
         self.load.start()
         self.pauses: list[float] = []
         self._resumed = 0
@@ -169,9 +169,9 @@ def _say(what: dict[str, object]) -> None:
     print(json.dumps(what), flush=True)
 
 
-def _main(folder: Path, domids: list[int]) -> None:
+def _main(folder: Path, think_s: float, domids: list[int]) -> None:
     """One process of guests; it is told what to do by lines."""
-    guests = [_Guest(folder, domid) for domid in domids]
+    guests = [_Guest(folder, domid, think_s) for domid in domids]
     _say({})
     for line in sys.stdin:
         match line.strip():
@@ -196,4 +196,4 @@ def _main(folder: Path, domids: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), [int(each) for each in sys.argv[2:]])
+    _main(Path(sys.argv[1]), float(sys.argv[2]), [int(each) for each in sys.argv[3:]])

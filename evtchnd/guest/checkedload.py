@@ -18,13 +18,16 @@ from evtchnd.guest.domain import GuestFault
 BLOCK = 4096
 _SECTORS = BLOCK // 512
 _WORDS = struct.Struct("<QQ")
+# Longer than any request takes while it is served, shorter than any restart.
+_LONG_S = 0.1
 
 
 class CheckedLoad:
     """Reads and writes blocks of 4 KiB in random order, `depth` at a time, each block by one request at a time.
 
     blocks      the first so many of the disk, which are zeros
-    think_s     a pause after each batch of answers: a guest that does other things, too
+    think_s     a pause after each batch of answers: a guest that does other things, too; not from `mark` until the
+                first time that it has to wait for longer than _LONG_S
     answered    requests so far
     pauses      the longest times, in seconds, in which nothing was answered: one for each `mark()`
     failed      what went wrong, None so far
@@ -43,6 +46,7 @@ class CheckedLoad:
         self._busy: dict[int, tuple[int, int]] = {}  # request: block, version after it
         self._over = threading.Event()
         self._longest = 0.0
+        self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"vbd {front.devid}: load", daemon=True)
 
     def start(self) -> None:
@@ -57,9 +61,10 @@ class CheckedLoad:
             raise self.failed
 
     def mark(self) -> None:
-        """The longest pause since the last mark goes to `pauses`."""
+        """The longest pause since the last mark goes to `pauses`. From now on something is always in flight."""
         self.pauses.append(self._longest)
         self._longest = 0.0
+        self._hurry.set()
 
     def image(self) -> bytes:
         """What the blocks have to be, once it was stopped."""
@@ -75,8 +80,11 @@ class CheckedLoad:
                     self._check(done)
                 now = time.monotonic()
                 self._longest, last = max(self._longest, now - last), now
+                if self._longest > _LONG_S:
+                    self._hurry.clear()
                 if self._think_s:
-                    time.sleep(self._think_s)
+                    self._hurry.wait(self._think_s)
+                    last = time.monotonic()
         except BaseException as error:
             self.failed = error
 
