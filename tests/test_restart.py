@@ -26,11 +26,14 @@ from evtchnd.errors import HostError
 from evtchnd.guest.blkfront import Blkfront
 from evtchnd.guest.checkedload import BLOCK, CheckedLoad
 from evtchnd.guest.domain import Domain
+from evtchnd.guest.netfront import Netfront
 from evtchnd.guest.xenstore import XenStore
 from evtchnd.vmm.soft import MiB, SoftVmm
 from evtchnd.xenstore.client import Client
+from hostnetwork import answering
 from keptdaemon import ROOT, KeptDaemon, until
 from scale import scaled
+from test_network import GUEST, bridged
 
 BLOCKS = 256
 DEVID = 51712
@@ -316,3 +319,43 @@ def test_a_program_that_can_read_nothing_does_not_start_and_nothing_is_lost(daem
 def test_nobody_takes_over_where_nothing_is_kept(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as alone, pytest.raises(RuntimeError, match="nobody keeps"):
         alone.call("held")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_guest_s_network_goes_on(daemon: KeptDaemon, number: signal.Signals) -> None:
+    """Same TAP, same rings: the guest makes no new handshake, and packets go both ways after each restart."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    with bridged() as (here, far):
+        vm = SoftVmm(daemon.vmm_socket, 7, memory=32 * MiB, come_back=True)
+        domain = Domain(vm)
+        store = XenStore(domain)
+        before = daemon.held()
+        daemon.ctl("network-attach", "7", "bridge=br0", f"netns={here.name}", "rate=100MB/s")
+        card = Netfront(domain, store, queues=2)
+        card.connect()
+        with answering(card):
+            far.ping(GUEST, 5)
+            link = here.link("vif7.0").split(":")[0]
+            daemon.ctl("network-set", "7", "0", "--rate", "unlimited")
+            for _ in range(scaled(60, least=3)):
+                resumed = vm.resumed
+                daemon.restart(number)
+                until(lambda resumed=resumed: vm.resumed > resumed)  # type: ignore[misc]
+                far.ping(GUEST, 10)
+            assert here.link("vif7.0").split(":")[0] == link  # its number: the same TAP
+            (vif,) = daemon.ctl("network-list", "7")
+            assert (vif["state"], vif["link"], vif["tap"], vif["rate_usec"]) == (4, "up", "made here", 0)
+            # as ever: deleted by somebody, made again here, and kept as well
+            here.ip("link del vif7.0")
+            until(lambda: here.link("vif7.0") != "")
+            until(lambda: daemon.ctl("network-list", "7")[0]["link"] == "up")
+            daemon.restart(number)
+            far.ping(GUEST, 10)
+        card.disconnect()
+        daemon.ctl("network-detach", "7", "0")
+        assert here.link("vif7.0") == ""
+        until(lambda: daemon.held() == before, "not all was let go")
+        store.close()
+        domain.close()
+        vm.close()

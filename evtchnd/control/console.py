@@ -47,6 +47,7 @@ class Console:
     """
 
     kind = "console"
+    waits = False
 
     def __init__(self, domid: int, devid: int, page: tuple[int, int] | None) -> None:
         self.domid = domid
