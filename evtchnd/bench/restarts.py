@@ -145,24 +145,24 @@ class _Guest:
         self.load.start()
         self.pauses: list[float] = []
         self._resumed = 0
+        self._answered = 0
 
     def mark(self) -> None:
         self.load.mark()
-        self._resumed = self.vm.resumed
+        self.load.hurry()
+        self._resumed, self._answered = self.vm.resumed, 0
 
-    def served(self, until: float) -> None:
-        """Waits until it was resumed and is answered again; notes its pause."""
-        answered = 0
-        while not (answered and self.load.answered > answered):
-            if self.load.failed is not None:
-                raise self.load.failed
-            if time.monotonic() > until:
-                raise HostError(f"domain {self.vm.domid}: is not served any more")
-            if not answered and self.vm.resumed > self._resumed:
-                answered = self.load.answered + 1
-            time.sleep(0.005)
+    def served(self) -> bool:
+        """Whether it was resumed and is answered again; notes its pause then."""
+        if self.load.failed is not None:
+            raise self.load.failed
+        if not self._answered and self.vm.resumed > self._resumed:
+            self._answered = self.load.answered + 1
+        if not self._answered or self.load.answered <= self._answered:
+            return False
         self.load.mark()
         self.pauses.append(self.load.pauses[-1])
+        return True
 
 
 def _say(what: dict[str, object]) -> None:
@@ -180,9 +180,11 @@ def _main(folder: Path, think_s: float, domids: list[int]) -> None:
                     guest.mark()
                 _say({})
             case "served":
-                until = time.monotonic() + _START_S
-                for guest in guests:
-                    guest.served(until)
+                until, waiting = time.monotonic() + _START_S, list(guests)
+                while waiting := [guest for guest in waiting if not guest.served()]:
+                    if time.monotonic() > until:
+                        raise HostError(f"{len(waiting)} guests are not served any more")
+                    time.sleep(0.01)
                 _say({})
             case "end":
                 bad = 0

@@ -26,8 +26,7 @@ class CheckedLoad:
     """Reads and writes blocks of 4 KiB in random order, `depth` at a time, each block by one request at a time.
 
     blocks      the first so many of the disk, which are zeros
-    think_s     a pause after each batch of answers: a guest that does other things, too; not from `mark` until the
-                first time that it has to wait for longer than _LONG_S
+    think_s     a pause after each batch of answers: a guest that does other things, too
     answered    requests so far
     pauses      the longest times, in seconds, in which nothing was answered: one for each `mark()`
     failed      what went wrong, None so far
@@ -61,9 +60,12 @@ class CheckedLoad:
             raise self.failed
 
     def mark(self) -> None:
-        """The longest pause since the last mark goes to `pauses`. From now on something is always in flight."""
+        """The longest pause since the last mark goes to `pauses`."""
         self.pauses.append(self._longest)
         self._longest = 0.0
+
+    def hurry(self) -> None:
+        """From now on something is always in flight, until it takes longer than _LONG_S."""
         self._hurry.set()
 
     def image(self) -> bytes:
