@@ -33,6 +33,7 @@ from evtchnd.xenstore.client import Client
 from hostnetwork import answering
 from keptdaemon import ROOT, KeptDaemon, until
 from scale import scaled
+from slowdisk import slow_disk, why_not
 from test_network import GUEST, bridged
 
 BLOCKS = 256
@@ -174,6 +175,45 @@ async def releases(daemon: KeptDaemon) -> int:
                 count += 1
     await store.close()
     return count
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_nothing_is_replayed_before_an_old_write_has_ended(daemon: KeptDaemon) -> None:
+    """A storage that hangs while the daemon is killed: its disk waits, its neighbour does not, the newer data stays."""
+    with slow_disk(daemon.folder / "slow", 1 << 20) as slow:
+        vm = SoftVmm(daemon.vmm_socket, 7, memory=16 * MiB, come_back=True)
+        domain = Domain(vm)
+        store = XenStore(domain)
+        other = daemon.folder / "other.img"
+        other.write_bytes(bytes(1 << 20))
+        daemon.ctl("block-attach", "7", f"format=raw,vdev=xvda,access=rw,cache=none,target={slow.path}")
+        daemon.ctl("block-attach", "7", f"{other},raw,xvdb,w")
+        front, beside = Blkfront(domain, store, DEVID), Blkfront(domain, store, 51728)
+        front.connect()
+        beside.connect()
+        slow.stop()
+        front.submit_write(8, b"o" * 4096)
+        front.push()
+        until(lambda: slow.waiting, "the write was not begun")
+        daemon.restart()
+        # its neighbour is served; it is not: the old write may come at any time
+        beside.write(0, b"b" * 4096)
+        time.sleep(0.3)
+        assert len(slow.waiting) == 1
+        assert "vbd 51712: attached again" not in daemon.text()
+        assert front.in_flight == 1
+        slow.go_on()
+        (done,) = front.complete()  # once
+        assert done.status == 0
+        front.write(8, b"n" * 4096)
+        time.sleep(0.1)
+        assert slow.content[4096:8192] == b"n" * 4096
+        front.disconnect()
+        beside.disconnect()
+        daemon.ctl("block-detach", "7", "xvda")
+        store.close()
+        domain.close()
+        vm.close()
 
 
 def test_a_vmm_that_died_meanwhile_is_released_with_all_it_had(tmp_path: Path) -> None:
