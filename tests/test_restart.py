@@ -195,6 +195,8 @@ def test_nothing_is_replayed_before_an_old_write_has_ended(daemon: KeptDaemon) -
         front.submit_write(8, b"o" * 4096)
         front.push()
         until(lambda: slow.waiting, "the write was not begun")
+        # answered first: its answer lies where the write's request was, which only the journal knows now
+        assert front.read(64, 8) == bytes(4096)
         daemon.restart()
         # its neighbour is served; it is not: the old write may come at any time
         beside.write(0, b"b" * 4096)
