@@ -337,6 +337,16 @@ async def test_what_the_manager_does_not_take_is_not_kept(tmp_path: Path, monkey
     manager.close()
 
 
+async def test_a_manager_that_has_gone_costs_what_it_would_have_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = DescriptorStore(Notifier(str(tmp_path / "nobody")), ["a"], 4)
+    await store.forget(["a"])
+    assert "a and what belongs to it is not let go: the service manager does not take FDSTOREREMOVE=1" in caplog.text
+    with pytest.raises(HostError, match="domain 7: the service manager does not take FDSTORE=1"):
+        await store.keep({"b": 0}, "domain 7")
+
+
 async def test_without_a_manager_nothing_is_kept_and_nothing_refused() -> None:
     store = DescriptorStore(Notifier(), [], 0)
     assert not store
