@@ -295,7 +295,7 @@ class Domain:
             self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
         self._server.resumed(self.domid)
         self.left = None
-        await self.consoles.start(self.supervisor)
+        await self.consoles.start(self.supervisor, resumed=kept and self.resumed)
         for disk in self.disks.values():
             if not disk.resumed:
                 toolstack.add_disk(self._server, disk)
