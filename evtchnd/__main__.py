@@ -62,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words.need_atomics()  # every worker would end at its start
         passed = sdnotify.inherited()
+        if args.state_fd is not None and not notifier:
+            log.info(
+                "--state-fd: XenStore survives a restart, disks and vifs do not (systemd and --keep keep those, too)"
+            )
         state = _state(args.state_fd, passed, kept=bool(notifier))
         period = sdnotify.watchdog_period()
         # before any loop, thread or socket exists: every worker is a copy of what is here now

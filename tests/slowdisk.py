@@ -30,6 +30,13 @@ NAME = "disk.img"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def why_not() -> str:
+    """Why there is none here, "" if there is."""
+    if os.geteuid():
+        return "needs root, to mount"
+    return "" if Path("/dev/fuse").exists() else "no /dev/fuse"
+
+
 class SlowDisk:
     """A context manager: `path` is the file, `size` bytes of zeros. OSError where FUSE cannot be mounted.
 
@@ -37,6 +44,7 @@ class SlowDisk:
     """
 
     def __init__(self, folder: Path, size: int) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder = folder
         self.path = folder / NAME
         self.content = bytearray(size)

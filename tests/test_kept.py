@@ -24,7 +24,9 @@ from evtchnd.control.kept import left_of
 from evtchnd.control.sdnotify import Notifier
 from evtchnd.control.state import OLDEST, VERSION, DiskState, DomainState, State, VersionError
 from evtchnd.errors import HostError
+from keptdaemon import until
 from scale import scaled
+from slowdisk import SlowDisk, why_not
 
 
 def a_disk(devid: int = 51712, **values: object) -> DiskState:
@@ -215,6 +217,42 @@ def test_requests_of_a_killed_worker_end_before_the_journal_is_free(tmp_path: Pa
         os.close(each)
 
 
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_a_write_that_outlives_its_worker_keeps_the_journal_locked(tmp_path: Path) -> None:
+    """Of a storage that takes its time: the process is long gone, and nobody may replay yet."""
+    with SlowDisk(tmp_path / "slow", 1 << 20) as slow:
+        fd = os.open(slow.path, os.O_RDWR | os.O_DIRECT)
+        disk = Disk(7, 51712, "xvda", Image(fd, 1 << 20), target="x", readonly=False, cdrom=False, vbd=Vbd())
+        page = mmap.mmap(-1, 4096)
+        page.write(b"o" * 4096)
+        slow.hold()
+        lent = disk.lend()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                own = Uring(8, eventfd=os.eventfd(0))
+                own.hold(lent)
+                array = (ctypes.c_uint64 * 2)(ctypes.addressof(ctypes.c_char.from_buffer(page)), 4096)
+                own.writev(fd, ctypes.addressof(array), 1, 8192, 1)
+                own.submit()
+                signal.pause()
+            finally:
+                os._exit(1)
+        os.close(lent)
+        until(lambda: slow.waiting, "the write was not begun")
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for _ in range(20):
+            assert not disk.free()
+            time.sleep(0.01)
+        slow.let_go()
+        until(disk.free, "the journal is locked for ever")
+        assert slow.content[8192:12288] == b"o" * 4096
+        page.close()
+        for each in disk.close():
+            os.close(each)
+
+
 def test_the_io_uring_alone_keeps_the_journal_locked() -> None:
     """Whoever has it, and whatever else is closed: requests that the kernel goes on with hold it."""
     disk = Disk(7, 51712, "xvda", Image(os.memfd_create("x"), 512), target="x", readonly=False, cdrom=False, vbd=Vbd())
@@ -297,6 +335,16 @@ async def test_what_the_manager_does_not_take_is_not_kept(tmp_path: Path, monkey
     assert manager.said[-1] == "FDSTOREREMOVE=1 FDNAME=a"
     store.require(4, "all of it")
     manager.close()
+
+
+async def test_a_manager_that_has_gone_costs_what_it_would_have_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = DescriptorStore(Notifier(str(tmp_path / "nobody")), ["a"], 4)
+    await store.forget(["a"])
+    assert "a and what belongs to it is not let go: the service manager does not take FDSTOREREMOVE=1" in caplog.text
+    with pytest.raises(HostError, match="domain 7: the service manager does not take FDSTORE=1"):
+        await store.keep({"b": 0}, "domain 7")
 
 
 async def test_without_a_manager_nothing_is_kept_and_nothing_refused() -> None:

@@ -26,11 +26,15 @@ from evtchnd.errors import HostError
 from evtchnd.guest.blkfront import Blkfront
 from evtchnd.guest.checkedload import BLOCK, CheckedLoad
 from evtchnd.guest.domain import Domain
+from evtchnd.guest.netfront import Netfront
 from evtchnd.guest.xenstore import XenStore
 from evtchnd.vmm.soft import MiB, SoftVmm
 from evtchnd.xenstore.client import Client
+from hostnetwork import answering
 from keptdaemon import ROOT, KeptDaemon, until
 from scale import scaled
+from slowdisk import SlowDisk, why_not
+from test_network import GUEST, bridged
 
 BLOCKS = 256
 DEVID = 51712
@@ -171,6 +175,47 @@ async def releases(daemon: KeptDaemon) -> int:
                 count += 1
     await store.close()
     return count
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_nothing_is_replayed_before_an_old_write_has_ended(daemon: KeptDaemon) -> None:
+    """A storage that hangs while the daemon is killed: its disk waits, its neighbour does not, the newer data stays."""
+    with SlowDisk(daemon.folder / "slow", 1 << 20) as slow:
+        vm = SoftVmm(daemon.vmm_socket, 7, memory=16 * MiB, come_back=True)
+        domain = Domain(vm)
+        store = XenStore(domain)
+        other = daemon.folder / "other.img"
+        other.write_bytes(bytes(1 << 20))
+        daemon.ctl("block-attach", "7", f"format=raw,vdev=xvda,access=rw,cache=none,target={slow.path}")
+        daemon.ctl("block-attach", "7", f"{other},raw,xvdb,w")
+        front, beside = Blkfront(domain, store, DEVID), Blkfront(domain, store, 51728)
+        front.connect()
+        beside.connect()
+        slow.hold()
+        front.submit_write(8, b"o" * 4096)
+        front.push()
+        until(lambda: slow.waiting, "the write was not begun")
+        # answered first: its answer lies where the write's request was, which only the journal knows now
+        assert front.read(64, 8) == bytes(4096)
+        daemon.restart()
+        # its neighbour is served; it is not: the old write may come at any time
+        beside.write(0, b"b" * 4096)
+        time.sleep(0.3)
+        assert slow.waiting == 1
+        assert "vbd 51712: attached again" not in daemon.text()
+        assert front.in_flight == 1
+        slow.let_go()
+        (done,) = front.complete()  # once
+        assert done.status == 0
+        front.write(8, b"n" * 4096)
+        time.sleep(0.1)
+        assert slow.content[4096:8192] == b"n" * 4096
+        front.disconnect()
+        beside.disconnect()
+        daemon.ctl("block-detach", "7", "xvda")
+        store.close()
+        domain.close()
+        vm.close()
 
 
 def test_a_vmm_that_died_meanwhile_is_released_with_all_it_had(tmp_path: Path) -> None:
@@ -316,3 +361,43 @@ def test_a_program_that_can_read_nothing_does_not_start_and_nothing_is_lost(daem
 def test_nobody_takes_over_where_nothing_is_kept(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as alone, pytest.raises(RuntimeError, match="nobody keeps"):
         alone.call("held")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_guest_s_network_goes_on(daemon: KeptDaemon, number: signal.Signals) -> None:
+    """Same TAP, same rings: the guest makes no new handshake, and packets go both ways after each restart."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    with bridged() as (here, far):
+        vm = SoftVmm(daemon.vmm_socket, 7, memory=32 * MiB, come_back=True)
+        domain = Domain(vm)
+        store = XenStore(domain)
+        before = daemon.held()
+        daemon.ctl("network-attach", "7", "bridge=br0", f"netns={here.name}", "rate=100MB/s")
+        card = Netfront(domain, store, queues=2)
+        card.connect()
+        with answering(card):
+            far.ping(GUEST, 5)
+            link = here.link("vif7.0").split(":")[0]
+            daemon.ctl("network-set", "7", "0", "--rate", "unlimited")
+            for _ in range(scaled(60, least=3)):
+                resumed = vm.resumed
+                daemon.restart(number)
+                until(lambda resumed=resumed: vm.resumed > resumed)  # type: ignore[misc]
+                far.ping(GUEST, 10)
+            assert here.link("vif7.0").split(":")[0] == link  # its number: the same TAP
+            (vif,) = daemon.ctl("network-list", "7")
+            assert (vif["state"], vif["link"], vif["tap"], vif["rate_usec"]) == (4, "up", "made here", 0)
+            # as ever: deleted by somebody, made again here, and kept as well
+            here.ip("link del vif7.0")
+            until(lambda: here.link("vif7.0") != "")
+            until(lambda: daemon.ctl("network-list", "7")[0]["link"] == "up")
+            daemon.restart(number)
+            far.ping(GUEST, 10)
+        card.disconnect()
+        daemon.ctl("network-detach", "7", "0")
+        assert here.link("vif7.0") == ""
+        until(lambda: daemon.held() == before, "not all was let go")
+        store.close()
+        domain.close()
+        vm.close()

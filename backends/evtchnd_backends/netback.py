@@ -121,7 +121,7 @@ async def run(device: VifDevice) -> None:
             await old.close()
             totals.update(old.counters())
         if device.connected is not None:  # also after an attempt to attach again that failed
-            device.connected_as(None)
+            await device.connected_as(None)
 
     def say(how: Callable[..., None], what: str, detail: object) -> None:
         more = lines.due(what)

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from evtchnd.channel import Channel, on_failure
@@ -81,7 +81,7 @@ class Vif:
             for queue, where in zip(self._queues, rings.queues, strict=True):
                 count = 1 if where.tx_port == where.rx_port else 2
                 queue.channels = [next(channels) for _ in range(count)]
-            self._report()
+            await self._report()
             self._set_up(fresh=not again)
             self._spread()
             self.captures.changed = self._captured
@@ -106,10 +106,10 @@ class Vif:
                 tap.flush(queue.number)
         self._link()
 
-    def _report(self) -> None:
+    def _report(self) -> Awaitable[object]:
         """What the next worker has to know: from here on these rings survive this one."""
         groups = sorted(group.hex() for group in self.groups)
-        self._device.connected_as({**self.rings.params(), "groups": groups, "hash": self._hashing.params()})
+        return self._device.connected_as({**self.rings.params(), "groups": groups, "hash": self._hashing.params()})
 
     def _link(self) -> None:
         """The link as the host sees it: up while the operator wants it and the guest takes packets."""

@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
         "netguest", help="iperf3 and ping in a real guest in the lab, beside QEMU's xen-net-device"
     )
     netguest.add_arguments(wired)
-    lasting = commands.add_parser("reliability", help="workers and daemons that die, guests that attack: what others see")
+    lasting = commands.add_parser(
+        "reliability", help="workers and daemons that die, guests that attack: what others see"
+    )
     reliability.add_arguments(lasting)
     for command, run in (
         (block, blk.run),

@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of everything that is drawn (%(default)s)")
     parser.add_argument("--share", type=float, default=1.0, help="of the crash points; 1: all (%(default)s)")
     parser.add_argument("--kills", type=int, default=2000, help="of workers (%(default)s)")
-    parser.add_argument("--restarts", type=int, default=20, help="kills of the daemon, each number of guests (%(default)s)")
+    parser.add_argument(
+        "--restarts", type=int, default=20, help="kills of the daemon, each number of guests (%(default)s)"
+    )
     parser.add_argument("--pairs", type=int, default=3, help="readings of a neighbour, each attack (%(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of such a reading (%(default)s)")
 

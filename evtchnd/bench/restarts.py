@@ -1,8 +1,7 @@
 """How long guests wait when the daemon is killed: soft guests under a checked load, `evtchnd --keep` and SIGKILL.
 
-A guest's pause is the longest time in which none of its requests was answered, from before the kill until it is served
-again; it contains the load's own think time. Guests are spread over a few processes, each with its own VMMs: this
-one only kills and waits.
+A guest's pause is the longest time in which none of its requests was answered; each has one in flight when the daemon
+is killed. Guests are spread over a few processes, each with its own VMMs: this one only kills and waits.
 """
 
 from __future__ import annotations
@@ -30,8 +29,9 @@ from evtchnd.guest.xenstore import XenStore
 from evtchnd.vmm.soft import MiB, SoftVmm
 
 DEVID, BLOCKS = 51712, 64
-# A guest that asks for something every so often, as most do: the machine is not full before anything happens.
-THINK_S = 0.02
+# Requests a second of all guests together: the load is there and checked, and does not take the processors that those
+# who come later need to come back.
+_RATE = 500
 _START_S = 120.0
 _PROCESSES = 4
 
@@ -47,7 +47,7 @@ def restarts(domains: int, rounds: int, *, seed: int = 0) -> dict[str, float]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evtchnd-restarts-")))
         keeper = stack.enter_context(_kept(folder))
         shares = [list(range(1 + n, domains + 1, _PROCESSES)) for n in range(min(_PROCESSES, domains))]
-        guests = [stack.enter_context(_Guests(folder, share)) for share in shares]
+        guests = [stack.enter_context(_Guests(folder, domains / _RATE, share)) for share in shares]
         for each in guests:
             each.wait()
         for _ in range(rounds):
@@ -104,8 +104,8 @@ def _daemon(keeper: int) -> int:
 class _Guests:
     """Some guests in a process of their own. A context manager."""
 
-    def __init__(self, folder: Path, domids: list[int]) -> None:
-        command = [sys.executable, "-m", "evtchnd.bench.restarts", str(folder), *map(str, domids)]
+    def __init__(self, folder: Path, think_s: float, domids: list[int]) -> None:
+        command = [sys.executable, "-m", "evtchnd.bench.restarts", str(folder), str(think_s), *map(str, domids)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def wait(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class _Guests:
 
 
 class _Guest:
-    def __init__(self, folder: Path, domid: int) -> None:
+    def __init__(self, folder: Path, domid: int, think_s: float) -> None:
         self.path = folder / f"{domid}.img"
         self.path.write_bytes(bytes(BLOCKS * BLOCK))
         self.vm = SoftVmm(folder / "vmm.sock", domid, memory=16 * MiB, come_back=True)
@@ -141,37 +141,37 @@ class _Guest:
         evtchnctl(folder, "block-attach", str(domid), f"{self.path},raw,xvda,w")
         self.front = Blkfront(domain, XenStore(domain), DEVID, depth=1, spin_us=0)
         self.front.connect()
-        self.load = CheckedLoad(self.front, BLOCKS, depth=1, seed=domid, think_s=THINK_S)
+        self.load = CheckedLoad(self.front, BLOCKS, depth=1, seed=domid, think_s=think_s)
         self.load.start()
         self.pauses: list[float] = []
         self._resumed = 0
+        self._answered = 0
 
     def mark(self) -> None:
         self.load.mark()
-        self._resumed = self.vm.resumed
+        self.load.hurry()
+        self._resumed, self._answered = self.vm.resumed, 0
 
-    def served(self, until: float) -> None:
-        """Waits until it was resumed and is answered again; notes its pause."""
-        answered = 0
-        while not (answered and self.load.answered > answered):
-            if self.load.failed is not None:
-                raise self.load.failed
-            if time.monotonic() > until:
-                raise HostError(f"domain {self.vm.domid}: is not served any more")
-            if not answered and self.vm.resumed > self._resumed:
-                answered = self.load.answered + 1
-            time.sleep(0.005)
+    def served(self) -> bool:
+        """Whether it was resumed and is answered again; notes its pause then."""
+        if self.load.failed is not None:
+            raise self.load.failed
+        if not self._answered and self.vm.resumed > self._resumed:
+            self._answered = self.load.answered + 1
+        if not self._answered or self.load.answered <= self._answered:
+            return False
         self.load.mark()
         self.pauses.append(self.load.pauses[-1])
+        return True
 
 
 def _say(what: dict[str, object]) -> None:
     print(json.dumps(what), flush=True)
 
 
-def _main(folder: Path, domids: list[int]) -> None:
+def _main(folder: Path, think_s: float, domids: list[int]) -> None:
     """One process of guests; it is told what to do by lines."""
-    guests = [_Guest(folder, domid) for domid in domids]
+    guests = [_Guest(folder, domid, think_s) for domid in domids]
     _say({})
     for line in sys.stdin:
         match line.strip():
@@ -180,9 +180,11 @@ def _main(folder: Path, domids: list[int]) -> None:
                     guest.mark()
                 _say({})
             case "served":
-                until = time.monotonic() + _START_S
-                for guest in guests:
-                    guest.served(until)
+                until, waiting = time.monotonic() + _START_S, list(guests)
+                while waiting := [guest for guest in waiting if not guest.served()]:
+                    if time.monotonic() > until:
+                        raise HostError(f"{len(waiting)} guests are not served any more")
+                    time.sleep(0.01)
                 _say({})
             case "end":
                 bad = 0
@@ -196,4 +198,4 @@ def _main(folder: Path, domids: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), [int(each) for each in sys.argv[2:]])
+    _main(Path(sys.argv[1]), float(sys.argv[2]), [int(each) for each in sys.argv[3:]])

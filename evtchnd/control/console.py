@@ -47,6 +47,7 @@ class Console:
     """
 
     kind = "console"
+    waits = False
 
     def __init__(self, domid: int, devid: int, page: tuple[int, int] | None) -> None:
         self.domid = domid
@@ -158,13 +159,19 @@ class Consoles:
             if not any(slot.gfn <= gfn < slot.gfn + slot.pages for slot in slots):
                 raise VmmError(f"{self._label}: console page: guest frame {gfn:#x} is in no memory slot")
 
-    async def start(self, supervisor: Supervisor) -> None:
-        """At START: terminals, nodes, and the primary one's port. VmmError, HostError: the port cannot be bound."""
+    async def start(self, supervisor: Supervisor, *, resumed: bool) -> None:
+        """At START: terminals, nodes, and the primary one's port. VmmError, HostError: the port cannot be bound.
+
+        resumed: nodes of before this process are there. Those of further consoles go: nobody has kept their terminals.
+        """
         self._supervisor = supervisor
+        if resumed:
+            toolstack.remove_others(self._server, self._domid, "console", [each.devid for each in self.by_key.values()])
         for console in self.by_key.values():
             if not console.opened:
                 await console.open(self._config.console.log_dir, self._images)
-            toolstack.add_console(self._server, console, self._config.console.buffer_bytes)
+            if not (resumed and toolstack.console_again(self._server, console)):
+                toolstack.add_console(self._server, console, self._config.console.buffer_bytes)
             if console.page is not None:
                 # the worker asks for it again, and gets the same
                 await self._ports.bind(console.key, [console.page[0]])

@@ -628,7 +628,9 @@ class Daemon:
     async def attach_passed_vif(self, domain: Domain, message: p.Vif, fds: List[int]) -> None:
         """A TAP's queues that a VMM passes. Takes `fds`. It is wired by whoever made it."""
         spec = VifSpec(mac=message.mac.hex(":"), wiring="none", mtu=message.mtu, devid=message.devid)
-        made = await domain.vifs.attach(spec, Passed(fds, f"descriptor of {self._domains[domain.domid][1].peer}"))
+        made = await domain.vifs.attach(
+            spec, Passed(fds, f"descriptor of {self._domains[domain.domid][1].peer}", by_vmm=True)
+        )
         log.info("%s: attached, %s, passed by its VMM", made.name, made.port.name)
 
     async def detach_passed_vif(self, domain: Domain, devid: int) -> None:

@@ -171,20 +171,11 @@ class Disk:
 
     def lend(self) -> int:
         """The journal for a worker, locked as long as that, or a request of its, may write to the image."""
-        fd = _reopened(self.journal)
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return fd
+        return lent(self.journal)
 
     def free(self) -> bool:
         """Whether no worker that had the journal can write any more, nor the kernel for it."""
-        fd = _reopened(self.journal)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(fd)
-        return True
+        return self.journal < 0 or is_free(self.journal)
 
     def unlock(self) -> None:
         """The image may be another's at once: whoever keeps a copy over a restart closes it some time later.
@@ -211,8 +202,26 @@ class Disk:
         return [fd] if fd >= 0 else []
 
 
+def lent(memfd: int) -> int:
+    """The same memfd by another open file, locked by it: for a worker. The caller's."""
+    fd = _reopened(memfd)
+    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return fd
+
+
+def is_free(memfd: int) -> bool:
+    """Whether nobody has it locked who was lent it."""
+    fd = _reopened(memfd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def _reopened(fd: int) -> int:
-    """The same memfd by an open file of its own: locks belong to that."""
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 
 

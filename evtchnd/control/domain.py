@@ -91,7 +91,16 @@ class Domain:
         self._kept = Kept(register.domid, keeper, left)
         self.store_port = 0
         self.consoles = Consoles(self.domid, server=server, store=store, ports=self.ports, images=images, config=config)
-        self.vifs = Vifs(self.domid, server=server, store=store, ports=self.ports, network=network, config=config)
+        self.vifs = Vifs(
+            self.domid,
+            server=server,
+            store=store,
+            ports=self.ports,
+            network=network,
+            config=config,
+            kept=self._kept,
+            note=self.note,
+        )
         self.supervisor = Supervisor(self, workers, config)
         self._config = config
         self._images = images
@@ -267,6 +276,8 @@ class Domain:
         )
 
     async def _start(self) -> None:
+        if self.left is not None:
+            await self.vifs.resume(self.left.vifs)
         await self._attach_first()
         await self.supervisor.start()
         kept = self._server.kept(self.domid)
@@ -286,7 +297,7 @@ class Domain:
             self._ring = self._server.attach_ring(self.domid, self._page, kick, notify)
         self._server.resumed(self.domid)
         self.left = None
-        await self.consoles.start(self.supervisor)
+        await self.consoles.start(self.supervisor, resumed=kept and self.resumed)
         for disk in self.disks.values():
             if not disk.resumed:
                 toolstack.add_disk(self._server, disk)
@@ -316,12 +327,12 @@ class Domain:
                 disk.connected = None
         if resumed:
             toolstack.remove_others(self._server, self.domid, "vbd", self.disks)
+        self.vifs.settle(resumed)
 
     async def _keep_all(self) -> None:
         """All that the next process has to have. HostError: a domain that was not there before cannot be kept."""
-        fds = {name: fd for disk in self.disks.values() for name, fd in disk.kept().items()}
         try:
-            await self._kept.begin(self._said(), fds)
+            await self._kept.begin(self._said(), self._fds())
         except HostError as exc:
             if not self.resumed:
                 raise
@@ -329,11 +340,16 @@ class Domain:
 
     def _said(self) -> DomainState:
         disks = [disk.said() for disk in self.disks.values()]
-        return DomainState(domid=self.domid, uuid=self.uuid, uid=self.owner, disks=disks)
+        vifs = [vif.said() for vif in self.vifs.by_key.values()]
+        return DomainState(domid=self.domid, uuid=self.uuid, uid=self.owner, disks=disks, vifs=vifs)
+
+    def _fds(self) -> dict[str, int]:
+        devices: list[Disk | Vif] = [*self.disks.values(), *self.vifs.by_key.values()]
+        return {name: fd for each in devices for name, fd in each.kept().items()}
 
     def held(self) -> dict[str, int]:
         """What the next process is given of it, by name."""
-        return self._kept.held({name: fd for disk in self.disks.values() for name, fd in disk.kept().items()})
+        return self._kept.held(self._fds())
 
     def note(self) -> None:
         """As supervisor.Owner."""
@@ -386,6 +402,8 @@ class Domain:
             self._page.close()
         self.ports.close()
         await self.consoles.close()
+        if self.left is not None:
+            await self.vifs.give_back(self.left.vifs)
         await self.vifs.close()
         disks, left = {**self.disks, **self._unpassed}, self.left.disks if self.left is not None else {}
         images = []

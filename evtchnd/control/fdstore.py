@@ -8,10 +8,13 @@ NOTIFY_SOCKET nothing is kept, and every call here does nothing.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from evtchnd.control.sdnotify import Notifier
 from evtchnd.errors import HostError
+
+log = logging.getLogger(__name__)
 
 # A manager that is busy (daemon-reload) reads its socket later; the loop does not wait in a system call for it.
 _AGAIN_S = 0.002
@@ -59,20 +62,29 @@ class DescriptorStore:
             raise
 
     async def forget(self, names: Iterable[str]) -> None:
-        """Those are held no longer. Returns when the manager was told; harmless where it holds none."""
+        """Those are held no longer. Returns when the manager was told; harmless where it holds none.
+
+        A manager that does not take it is told of in the log: what it keeps then, the next process lets go.
+        """
         if not self or self.over:
             return
         names = list(names)
         self._names = [name for name in self._names if name not in names]
-        async with self._turn:
-            for name in names:
-                await self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
+        try:
+            async with self._turn:
+                for name in names:
+                    await self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
+        except HostError as exc:
+            log.warning("%s and what belongs to it is not let go: %s", names[0], exc)
 
     async def _send(self, *lines: str, fds: Sequence[int] = ()) -> None:
-        async with asyncio.timeout(_TAKEN_S):
-            while True:
-                try:
-                    self._notifier.send(*lines, fds=fds, wait=False)
-                    return
-                except BlockingIOError:
-                    await asyncio.sleep(_AGAIN_S)
+        try:
+            async with asyncio.timeout(_TAKEN_S):
+                while True:
+                    try:
+                        self._notifier.send(*lines, fds=fds, wait=False)
+                        return
+                    except BlockingIOError:
+                        await asyncio.sleep(_AGAIN_S)
+        except TimeoutError:
+            raise HostError(f"the service manager does not take {lines[0]} in {_TAKEN_S:g} s") from None

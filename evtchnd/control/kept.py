@@ -3,6 +3,8 @@
     domain-7                       the state (state.py)
     domain-7/vbd-51712/image       of a disk that its VMM does not pass
     domain-7/vbd-51712/journal
+    domain-7/vif-0/answers
+    domain-7/vif-0/tap-0           a queue of its TAP, unless its VMM passes that
 
 A descriptor is held before the state names it, and the state names it no longer before it is let go: whatever the state
 names is there, and what it does not name is let go by the next process. The VMM's own things (memory, grant frames,
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from evtchnd import transport
 from evtchnd.control.disk import Disk
 from evtchnd.control.fdstore import DescriptorStore
-from evtchnd.control.state import DomainState, State, VersionError
+from evtchnd.control.state import DomainState, State, VersionError, VifState
 from evtchnd.control.supervisor import freed
 from evtchnd.errors import HostError
 
@@ -40,6 +42,7 @@ class Left:
     reason      why the domain cannot be resumed, "" if it can
     old         the reason is that another version of this program wrote it
     disks       those that can be served again, by number; those that the VMM passes have no image yet
+    vifs        the same; the descriptors are taken by whoever takes them out
     names       of all descriptors that the store holds of it
     """
 
@@ -51,6 +54,7 @@ class Left:
         self.reason = ""
         self.old = False
         self.disks: dict[int, Disk] = {}
+        self.vifs: dict[int, LeftVif] = {}
         self.names = {_full(domid, name) for name in fds}
         self._fds = {name: each[0] for name, each in fds.items()}
         transport.close_all(fd for each in fds.values() for fd in each[1:])
@@ -74,6 +78,16 @@ class Left:
             self.disks[each.devid] = disk
             for name in disk.kept():
                 del self._fds[name]
+        for vif in self.said.vifs:
+            try:
+                taps = [] if vif.passed else [f"vif-{vif.devid}/tap-{number}" for number in range(vif.queues)]
+                names = [f"vif-{vif.devid}/answers", *taps]
+                for name in names:
+                    self._need(name, name)
+            except HostError as exc:
+                log.error("domain %d: vif %d: cannot be resumed: %s", domid, vif.devid, exc)
+                continue
+            self.vifs[vif.devid] = LeftVif(vif, *(self._fds.pop(name) for name in names))
         transport.close_all(self._fds.values())
         self._fds = {}
 
@@ -86,7 +100,8 @@ class Left:
         """Descriptors by their full names."""
         state = {} if self.state is None else {"": self.state.fd}
         disks = {name: fd for disk in self.disks.values() for name, fd in disk.kept().items()}
-        return {_full(self.domid, name): fd for name, fd in {**self._fds, **disks, **state}.items()}
+        vifs = {name: fd for vif in self.vifs.values() for name, fd in vif.kept().items()}
+        return {_full(self.domid, name): fd for name, fd in {**self._fds, **disks, **vifs, **state}.items()}
 
     async def drop(self, store: DescriptorStore) -> None:
         """Nobody goes on with it: everything is closed and let go, and its images can be another's."""
@@ -107,12 +122,29 @@ class Left:
         disks, self.disks = list(self.disks.values()), {}
         for disk in disks:
             transport.close_all(disk.close())
+        vifs, self.vifs = list(self.vifs.values()), {}
+        for vif in vifs:
+            transport.close_all([vif.answers, *vif.taps])
         state, self.state = self.state, None
         if state is not None:
             state.close()
             os.close(state.fd)
         transport.close_all(self._fds.values())
         self._fds = {}
+
+
+class LeftVif:
+    """A vif that was left: what is said of it, its answers, its TAP's queues (none where its VMM passes them)."""
+
+    def __init__(self, said: VifState, answers: int, *taps: int) -> None:
+        self.said = said
+        self.answers = answers
+        self.taps = list(taps)
+
+    def kept(self) -> dict[str, int]:
+        """The descriptors by name."""
+        taps = {f"vif-{self.said.devid}/tap-{number}": fd for number, fd in enumerate(self.taps)}
+        return {f"vif-{self.said.devid}/answers": self.answers, **taps}
 
 
 def left_of(passed: Mapping[str, Sequence[int]]) -> dict[int, Left]:
@@ -162,6 +194,11 @@ class Kept:
         self._names -= gone
         self.note(said)
         await self._store.forget(gone)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether somebody keeps it."""
+        return bool(self._store)
 
     @property
     def stays(self) -> bool:

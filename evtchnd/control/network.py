@@ -53,6 +53,7 @@ class Passed:
 
     fds: list[int]
     origin: str
+    by_vmm: bool = False
 
 
 class Port:
@@ -203,6 +204,13 @@ class Network:
         port.keeper = asyncio.get_running_loop().create_task(namespace.keep(port))
         return fds
 
+    async def delete(self, port: Port) -> None:
+        """Takes a TAP away that was made here, whoever has copies of its queues."""
+        namespace = port.namespace
+        if port.made and port.index and namespace is not None:
+            with suppress(OperatorError):
+                await namespace.delete(port)
+
     async def close(self, port: Port) -> None:
         """Watches the port no more. Its TAP goes with its descriptors. Idempotent."""
         keeper, port.keeper = port.keeper, None
@@ -304,6 +312,11 @@ class _Namespace:
             port.index = 0
             raise
         return opened.fds
+
+    async def delete(self, port: Port) -> None:
+        """OperatorError."""
+        index, port.index = port.index, 0
+        await self._netlink.ask(f"{port.name}: delete", self._netlink.link("del", index=index))
 
     async def _wire(self, port: Port, index: int) -> None:
         """As `_wire_it`. What ends under its hands is not taken for being there."""

@@ -61,6 +61,22 @@ class DiskState(msgspec.Struct, kw_only=True):
     vbd: Vbd = msgspec.field(default_factory=Vbd)
 
 
+class VifState(msgspec.Struct, kw_only=True):
+    """A network interface. spec: its string; name: of its TAP, whose `queues` are kept; made: by this program, which
+    takes it away, too; origin: who has opened it, "" for this program; passed: its VMM does so, and passes it again."""
+
+    devid: int
+    spec: str
+    name: str
+    queues: int
+    rate: tuple[int, int]
+    carrier: bool
+    made: bool = False
+    origin: str = ""
+    passed: bool = False
+    connected: dict[str, Any] | None = None
+
+
 class DomainState(msgspec.Struct, kw_only=True):
     """A domain: whose it is (the VMM's user), which guest, and its devices."""
 
@@ -68,6 +84,7 @@ class DomainState(msgspec.Struct, kw_only=True):
     uuid: str
     uid: int
     disks: list[DiskState] = []
+    vifs: list[VifState] = []
 
 
 class State:

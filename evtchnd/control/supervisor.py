@@ -50,6 +50,7 @@ class Attachable(Protocol):
 
     key: int
     closed: bool
+    waits: bool  # for the end of a worker that had it before this process
     connected: Params | None
     reason: str
     settled: asyncio.Event
@@ -197,6 +198,17 @@ class Supervisor:
         worker = self._worker
         if worker is not None:
             await self._attach_device(worker, device)
+
+    def resume_device(self, device: Attachable, gone: Coroutine[Any, Any, None]) -> None:
+        """As attach_device, once `gone` says that workers before this process are; beside what goes on."""
+
+        async def resume() -> None:
+            await gone
+            device.waits = False
+            await self.attach_device(device)
+
+        device.waits = True
+        self._spawn(resume())
 
     async def detach_device(self, device: Attachable) -> None:
         """As detach."""
@@ -397,7 +409,7 @@ class Supervisor:
             self._owner.kick(disk.devid)
 
     async def _attach_device(self, worker: _Worker, device: Attachable) -> None:
-        if self._worker is not worker or device.closed or device.key in worker.given:
+        if self._worker is not worker or device.closed or device.waits or device.key in worker.given:
             return
         worker.given.add(device.key)
         id = next(self._ids)
@@ -508,12 +520,20 @@ async def drained(disk: Disk, wanted: Callable[[], bool]) -> None:
     await _ended(disk, wanted, lambda: inflight_of(disk.uring) if disk.uring >= 0 else 0)
 
 
-async def freed(disk: Disk, wanted: Callable[[], bool]) -> None:
+class Lent(Protocol):
+    """A device that workers have locked as long as they serve it."""
+
+    @property
+    def name(self) -> str: ...
+    def free(self) -> bool: ...
+
+
+async def freed(device: Lent, wanted: Callable[[], bool] = lambda: True) -> None:
     """The same of the workers of a control plane before this one, and of those workers themselves."""
-    await _ended(disk, wanted, lambda: int(disk.journal >= 0 and not disk.free()))
+    await _ended(device, wanted, lambda: int(not device.free()))
 
 
-async def _ended(disk: Disk, wanted: Callable[[], bool], left: Callable[[], int]) -> None:
+async def _ended(disk: Lent, wanted: Callable[[], bool], left: Callable[[], int]) -> None:
     loop = asyncio.get_running_loop()
     warn = loop.time() + _SLOW_S
     pause = _LOOK_S

@@ -247,6 +247,18 @@ def add_console(server: Server, console: Terminal, limit: int) -> None:
             t.write(f"{front}/{name}", value, perms=of_guest)
 
 
+def console_again(server: Server, console: Terminal) -> bool:
+    """The primary console's nodes as they were, with its new terminal. False: they are not there, or not the same."""
+    if console.page is None:
+        return False
+    path, (port, gfn) = frontend(console), console.page
+    if (server.get(f"{path}/port"), server.get(f"{path}/ring-ref")) != (str(port), str(gfn)):
+        return False
+    with server.transaction() as t:
+        t.write(f"{path}/tty", console.tty)
+    return True
+
+
 def add_vif(server: Server, vif: Interface) -> None:
     """Both directories of a vif, at once, as libxl_nic.c has them. The host's end is wired already: no script comes."""
     front, back, spec, host = frontend(vif), backend(vif), vif.spec, vif.host

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import logging
+import os
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,11 +15,14 @@ import msgspec
 from evtchnd import answers, transport
 from evtchnd.control import descriptors, toolstack
 from evtchnd.control.config import Config
+from evtchnd.control.disk import is_free, lent
+from evtchnd.control.kept import Kept, LeftVif
 from evtchnd.control.network import Network, Passed, Port
 from evtchnd.control.ports import Ports
-from evtchnd.control.supervisor import Supervisor
+from evtchnd.control.state import VifState
+from evtchnd.control.supervisor import Supervisor, freed
 from evtchnd.errors import HostError, OperatorError, VmmError
-from evtchnd.vifspec import VifSpec
+from evtchnd.vifspec import VifSpec, parse
 from evtchnd.worker import messages as m
 from evtchnd.worker.device import Params, vif_key
 from evtchnd.xenstore.client import Client
@@ -38,6 +44,8 @@ class Vif:
     connected   what the live rings are (the worker's words), None while there are none
     reason      why it is off; "" while it is served
     leaving     a detach has given up waiting for the guest: it is removed when the guest lets it go
+    resumed     a control plane before this one has served it: its nodes are there
+    waits       for the worker that had it then
     """
 
     kind = "vif"
@@ -64,9 +72,11 @@ class Vif:
         self.reason = ""
         self.leaving = False
         self.closed = False
+        self.resumed = self.waits = False
         self.settled = asyncio.Event()  # its backend serves it, or has given up
         self.fds: list[int] = []
         self.answers = -1
+        self._lent = -1  # the same, locked as long as a worker has it (control/disk.py)
         self._vifs = vifs
 
     @property
@@ -76,7 +86,36 @@ class Vif:
 
     def attach(self, id: int) -> tuple[m.AttachVif, list[int]]:
         """What its worker gets, and the descriptors that go along."""
-        return m.AttachVif(id, self.key, self.devid, self.host, self.connected), [self.answers, *self.fds]
+        if self._lent < 0:
+            self._lent = lent(self.answers)
+        return m.AttachVif(id, self.key, self.devid, self.host, self.connected), [self._lent, *self.fds]
+
+    def free(self) -> bool:
+        """Whether no worker has it that a control plane before this one has started."""
+        return self.answers < 0 or is_free(self.answers)
+
+    def said(self) -> VifState:
+        """What the next control plane has to know."""
+        port, passed = self.port, self.port.passed
+        return VifState(
+            devid=self.devid,
+            spec=str(self.spec),
+            name=port.name,
+            queues=self.host.queues,
+            rate=self.host.rate,
+            carrier=self.host.carrier,
+            made=port.made,
+            origin=passed.origin if passed is not None else "",
+            passed=passed is not None and passed.by_vmm,
+            connected=self.connected,
+        )
+
+    def kept(self) -> dict[str, int]:
+        """The descriptors that it needs, by name."""
+        passed = self.port.passed
+        taps = [] if passed is not None and passed.by_vmm else self.fds
+        named = {f"vif-{self.devid}/tap-{number}": fd for number, fd in enumerate(taps)}
+        return {f"vif-{self.devid}/answers": self.answers, **named}
 
     def taps_changed(self, fds: list[int]) -> None:
         """As network.Changed."""
@@ -86,6 +125,7 @@ class Vif:
             transport.close_all(fds)
             self.fds = []
         else:
+            self._vifs.keep_taps(self)
             self._vifs.tell(self, lambda id: m.Taps(id, self.key), self.fds)
 
     def mtu_changed(self, mtu: int) -> None:
@@ -98,9 +138,25 @@ class Vif:
         """Closes what it owns. Idempotent."""
         self.closed = True
         fds, self.fds = self.fds, []
-        if self.answers >= 0:
-            fds, self.answers = [*fds, self.answers], -1
+        fds += [fd for fd in (self.answers, self._lent) if fd >= 0]
+        self.answers = self._lent = -1
         transport.close_all(fds)
+
+    def again(self, said: VifState) -> None:
+        """It is one that was there before this process."""
+        self.resumed = True
+        self.connected = said.connected
+        self.port.made = said.made
+        self.host = msgspec.structs.replace(self.host, rate=said.rate, carrier=said.carrier)
+
+    def leave(self) -> LeftVif:
+        """The opposite of `again`: what is kept of it is the caller's, the rest is closed."""
+        said, kept = self.said(), self.kept()
+        left = LeftVif(said, *kept.values())
+        self.fds = [fd for fd in self.fds if fd not in left.taps]
+        self.answers = -1
+        self.close()
+        return left
 
     def described(self) -> dict[str, Any]:
         """As operators see it, without its state and its counters."""
@@ -128,8 +184,18 @@ class Vifs:
     """All of one domain, by number; `by_key` is the supervisor's view of them."""
 
     def __init__(
-        self, domid: int, *, server: Server, store: Client, ports: Ports, network: Network, config: Config
+        self,
+        domid: int,
+        *,
+        server: Server,
+        store: Client,
+        ports: Ports,
+        network: Network,
+        config: Config,
+        kept: Kept,
+        note: Callable[[], None],
     ) -> None:
+        """note: what is said of the domain has changed."""
         self.by_key: dict[int, Vif] = {}
         self._opening: dict[int, Vif] = {}
         self._domid = domid
@@ -139,6 +205,9 @@ class Vifs:
         self._ports = ports
         self._network = network
         self._config = config
+        self._kept = kept
+        self._note = note
+        self._left: dict[int, LeftVif] = {}
         self._supervisor: Supervisor | None = None
         self._over = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -160,21 +229,27 @@ class Vifs:
         passed: queues of a TAP that somebody else opened; taken. Without, those of systemd's that `vifname` names.
         """
         passed = passed or self._network.passed(spec.vifname)
+        left = self._left.pop(spec.devid, None) if passed is not None and spec.devid is not None else None
         try:
-            vif = await self._open(spec, passed)
+            vif = await self._open(spec, passed, left)
         except BaseException:
             if passed is not None:
                 transport.close_all(passed.fds)
+            if left is not None:
+                os.close(left.answers)
             raise
         if self._over:  # the domain has ended meanwhile
             await self._network.close(vif.port)
             vif.close()
             raise OperatorError(f"{self._label} has ended")
         vif.host = msgspec.structs.replace(vif.host, mtu=vif.port.mtu)
+        if self._supervisor is not None:
+            await self._keep(vif)
         self.by_key[vif.key] = vif
         if spec.idle:
             log.warning("%s: %s", vif.name, spec.idle)
         if self._supervisor is not None:
+            self._note()
             toolstack.add_vif(self._server, vif)
             await self._supervisor.attach_device(vif)
             if vif.reason:
@@ -182,20 +257,96 @@ class Vifs:
                 raise OperatorError(f"{vif.name}: {vif.reason}")
         return vif
 
-    async def _open(self, spec: VifSpec, passed: Passed | None) -> Vif:
+    async def _keep(self, vif: Vif) -> None:
+        """Into the store. OperatorError: it is closed."""
+        self._opening[vif.devid] = vif
+        try:
+            await self._kept.keep(vif.kept(), vif.name)
+        except HostError as exc:
+            await self._network.close(vif.port)
+            vif.close()
+            raise OperatorError(str(exc), errno.ENOSPC) from None
+        finally:
+            del self._opening[vif.devid]
+
+    def keep_taps(self, vif: Vif) -> None:
+        """The TAP is another one: so it is in the store."""
+        kept, gone = vif.kept(), [name for name in vif.kept() if "/tap-" in name]
+
+        async def again() -> None:
+            await self._kept.forget(gone)
+            await self._kept.keep({name: kept[name] for name in gone}, vif.name)
+
+        if vif.key in self.by_key and self._supervisor is not None:
+            self._spawn(again())
+
+    async def resume(self, left: dict[int, LeftVif]) -> None:
+        """Those that were left, taken; before `start`. Those that the VMM passes wait for it."""
+        for devid, each in sorted(left.items()):
+            if not each.said.passed:
+                try:
+                    vif = await self._reopen(each)
+                    self.by_key[vif.key] = vif
+                except OperatorError as exc:
+                    log.error("%s: vif %d: not resumed: %s", self._label, devid, exc)
+            else:
+                self._left[devid] = each
+        left.clear()
+
+    async def give_back(self, left: dict[int, LeftVif]) -> None:
+        """The opposite of `resume`: the domain waits for its VMM still."""
+        left.update(self._left)
+        self._left.clear()
+        for key, vif in list(self.by_key.items()):
+            if vif.resumed:
+                del self.by_key[key]
+                await self._network.close(vif.port)
+                left[vif.devid] = vif.leave()
+
+    async def _reopen(self, left: LeftVif) -> Vif:
+        """Its TAP is there, with what came meanwhile; one that was deleted is made again. OperatorError."""
+        said = left.said
+        spec, passed = parse(said.spec), Passed(left.taps, said.origin)
+        try:
+            vif = await self._open(dataclasses.replace(spec, devid=said.devid), passed, left)
+        except OperatorError as exc:
+            if said.origin:
+                transport.close_all([left.answers, *left.taps])
+                raise
+            log.warning("%s: vif %d: %s: its TAP is made again", self._label, said.devid, exc)
+            transport.close_all(left.taps)
+            try:
+                return await self._open(dataclasses.replace(spec, devid=said.devid), None, left)
+            except OperatorError:
+                os.close(left.answers)
+                raise
+        if not said.origin:
+            vif.port.passed = None
+        return vif
+
+    async def _open(self, spec: VifSpec, passed: Passed | None, left: LeftVif | None = None) -> Vif:
+        """left: what there was of it before this process; its answers are taken, unless that fails."""
         vif = Vif(self._domid, self._place(spec), spec, self._config, self, passed)
         most = self._config.vif.max_queues
         if passed is not None and len(passed.fds) > most:
             raise OperatorError(f"{vif.name}: {len(passed.fds)} queues of a TAP, {most} are the most (vif.max_queues)")
         try:
             descriptors.require(DESCRIPTORS + QUEUE_DESCRIPTORS * vif.host.queues, vif.name)
-            vif.answers = answers.create(vif.host.queues, f"evtchnd-{vif.domid}-vif-{vif.devid}")
+            if left is not None:
+                vif.again(left.said)
+            vif.answers = (
+                left.answers
+                if left is not None
+                else answers.create(vif.host.queues, f"evtchnd-{vif.domid}-vif-{vif.devid}")
+            )
         except HostError as exc:
             raise OperatorError(str(exc)) from None
         self._opening[vif.devid] = vif
         try:
             vif.fds = await self._network.open(vif.port)
         except BaseException as exc:
+            if left is not None:
+                vif.answers = -1
             vif.close()
             if isinstance(exc, OperatorError):
                 raise OperatorError(f"{vif.name}: {exc}", exc.errno) from None
@@ -225,9 +376,29 @@ class Vifs:
         self._supervisor = supervisor
         vifs = list(self.by_key.values())
         for vif in vifs:
-            toolstack.add_vif(self._server, vif)
+            if not vif.resumed:
+                toolstack.add_vif(self._server, vif)
         for vif in vifs:
-            await supervisor.attach_device(vif)
+            if vif.resumed:
+                supervisor.resume_device(vif, freed(vif))
+            else:
+                await supervisor.attach_device(vif)
+
+    def settle(self, resumed: bool) -> None:
+        """Before `start`: those that were left go on where their nodes are there still; nodes without a vif go."""
+        for left in self._left.values():
+            log.error("%s: vif %d: its VMM has not passed it again: removed", self._label, left.said.devid)
+            os.close(left.answers)
+        self._left.clear()
+        for vif in self.by_key.values():
+            back = toolstack.backend(vif)
+            vif.resumed = vif.resumed and resumed and self._server.get(back) is not None
+            if vif.resumed:
+                vif.leaving = self._server.get(f"{back}/online") == "0"
+            else:
+                vif.connected = None
+        if resumed:
+            toolstack.remove_others(self._server, self._domid, "vif", [vif.devid for vif in self.by_key.values()])
 
     async def detach(self, device: str, *, force: bool) -> tuple[Vif, bool]:
         """Takes a vif from the guest. True: by force. OperatorError: the guest holds on to it."""
@@ -260,10 +431,12 @@ class Vifs:
     async def _remove(self, vif: Vif) -> None:
         if self.by_key.get(vif.key) is vif:
             del self.by_key[vif.key]
+            self._note()
+            names = vif.kept()
             self._ports.unbind(vif.key, self._ports.of(vif.key))
             toolstack.remove_device(self._server, vif)
-            await self._network.close(vif.port)
-            vif.close()
+            await self._forget(vif)
+            await self._kept.forget(names)
             log.info("%s: removed", vif.name)
 
     def end(self) -> None:
@@ -280,8 +453,17 @@ class Vifs:
         vifs = list(self.by_key.values())
         self.by_key.clear()
         for vif in vifs:
-            await self._network.close(vif.port)
-            vif.close()
+            await self._forget(vif)
+        for left in self._left.values():
+            os.close(left.answers)
+        self._left.clear()
+
+    async def _forget(self, vif: Vif) -> None:
+        """Closes it. A TAP of ours goes now, and not with the last copy that somebody keeps."""
+        if self._kept.keeps and not self._kept.stays:
+            await self._network.delete(vif.port)
+        await self._network.close(vif.port)
+        vif.close()
 
     async def capture(self, device: str, fd: int, greeting: bytes, *, snap: int, frames: int) -> None:
         """Gives a reader's stream socket to who serves the vif. `fd` stays the caller's. OperatorError."""
@@ -308,6 +490,7 @@ class Vifs:
             vif.host = old
             raise OperatorError(str(exc), exc.errno) from None
         if self._supervisor is not None:
+            self._note()
             toolstack.set_rate(self._server, vif)
         return vif
 

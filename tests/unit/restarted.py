@@ -1,7 +1,7 @@
 """Runs inside the private systemd: soft guests use their disks while the service is restarted or killed.
 
-restarted.py WAY ROUNDS: "restart" (systemctl restart), "kill" (SIGKILL, and wait for the next one), "loop" (SIGKILL as
-soon as there is something to kill).
+restarted.py WAY ROUNDS: "restart" (systemctl restart), "upgrade" (evtchnctl), "kill" (SIGKILL, and wait for the next
+one), "loop" (SIGKILL as soon as there is something to kill).
 """
 
 from __future__ import annotations
@@ -65,6 +65,10 @@ def main(way: str, rounds: int) -> None:
             load.mark()
         if way == "restart":
             subprocess.run(["systemctl", "restart", SERVICE], check=True)
+        elif way == "upgrade":
+            before = show("MainPID")
+            evtchnctl(RUNTIME, "upgrade")
+            until(lambda before=before: show("MainPID") not in ("0", before), "the next one")
         else:
             pid = int(show("MainPID"))
             if pid:

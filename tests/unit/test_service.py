@@ -196,7 +196,7 @@ def test_the_descriptor_store_keeps_sockets_that_no_unit_has(systemd: PrivateSys
     assert systemd.show(SERVICE, "NFileDescriptorStore") == "0"
 
 
-@pytest.mark.parametrize("way", ["restart", "kill", "loop"])
+@pytest.mark.parametrize("way", ["restart", "upgrade", "kill", "loop"])
 def test_guests_disks_go_on(systemd: PrivateSystemd, way: str) -> None:
     """Three guests under load: nothing is lost, and nothing of them stays in the store at their end."""
     systemd.run("systemctl", "start", SERVICE)
