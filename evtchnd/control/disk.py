@@ -46,6 +46,7 @@ class Disk:
     """One vbd. Owns `fd`, the journal, and its copy of the io_uring of the worker that serves it.
 
     connected   what the live ring is (the worker's words), None while there is none
+    failed      why a flush of it has failed, and so every further one fails: a lost write is told once
     reason      why it is off; "" while it is served
     leaving     a detach has given up waiting for the guest: it is removed when the guest lets it go
     """
@@ -81,6 +82,7 @@ class Disk:
         self.uring = -1
         self.connected: Params | None = None
         self.reason = ""
+        self.failed = ""
         self.leaving = False
         try:
             entries = _ENTRIES_PER_PAGE << vbd.max_ring_page_order

@@ -342,6 +342,7 @@ class Supervisor:
             sectors=disk.sectors,
             sector_size=disk.sector_size,
             holes=disk.holes,
+            failed=disk.failed,
         )
         answer = await worker.ask(id, attach, [disk.fd, disk.journal])
         if isinstance(answer, m.Done) and answer.errno:
@@ -397,6 +398,8 @@ class Supervisor:
                     self._owner.rings_gone(disk)
             case m.Keep():
                 worker.send(m.Done(message.id, reason=self._keep_uring(worker, message)))
+            case m.Failed() if message.devid in self._owner.disks:
+                self._owner.disks[message.devid].failed = message.reason
             case m.Ended() if message.devid in self._owner.disks:
                 disk = self._owner.disks[message.devid]
                 worker.given.discard(disk.devid)

@@ -141,6 +141,8 @@ class Device(AnyDevice):
     readonly, cdrom, direct   how the disk was attached (direct: opened with O_DIRECT)
     sectors, sector_size   the disk's size in 512-byte units, its sectors in bytes; 0: as the disk says
     holes           of a block device: what it discards at once and from where on, in bytes; None: it does not
+    failed          why an earlier worker's flush failed; "": none has. A kernel tells a lost write once
+    flush_failed    called with that: the next worker has to know
     journal_fd      the in-flight journals' memfd, made by the control plane for the most and largest rings allowed
     options         the `vbd` table of the configuration (control/config.py: Vbd)
     resize          set by the backend: the disk has so many sectors of 512 bytes now; HostError: it has not
@@ -160,6 +162,8 @@ class Device(AnyDevice):
         sectors: int = 0,
         sector_size: int = 0,
         holes: tuple[int, int] | None = None,
+        failed: str = "",
+        flush_failed: Callable[[str], None] | None = None,
         **shared: Any,
     ) -> None:
         """`shared`: what AnyDevice takes."""
@@ -175,6 +179,8 @@ class Device(AnyDevice):
         self.sectors = sectors
         self.sector_size = sector_size
         self.holes = holes
+        self.failed = failed
+        self.flush_failed = flush_failed
         self.resize: Callable[[int], Awaitable[None]] = self._resize
 
     async def _resize(self, sectors: int) -> None:

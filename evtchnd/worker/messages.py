@@ -22,6 +22,7 @@
 | Unbind               |             |                                                          |
 | Connected            |             |                                                          |
 | Keep                 |             | Done, when the control plane has its copy                |
+| Failed               |             | a disk's flush has failed, for that reason               |
 | Ended                |             | (reason "" : closed in order; else off, for that reason) |
 
 A `devid` here is the device's key: a disk's number, `console_key` of a console's, `vif_key` of a vif's (device.py).
@@ -95,6 +96,7 @@ class Attach(Message):
     sectors: int = 0
     sector_size: int = 0
     holes: tuple[int, int] | None = None
+    failed: str = ""
 
 
 class AttachConsole(Message):
@@ -236,6 +238,13 @@ class Keep(Message):
     number: int
 
 
+class Failed(Message):
+    """A disk's flush has failed: no later one may succeed, whoever serves it."""
+
+    devid: int
+    reason: str
+
+
 class Ended(Message):
     """A device's backend has ended by itself."""
 
@@ -281,6 +290,7 @@ AnyMessage = (
     | Unbind
     | Connected
     | Keep
+    | Failed
     | Ended
     | Count
     | Counted

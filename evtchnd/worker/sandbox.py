@@ -140,7 +140,7 @@ _FCNTLS = (0, 1, 2, 3, 4, 1030, 1033, 1034)
 _PRCTLS = (15, 0x53564D41)
 _PROT_EXEC = 4
 _CLONE_THREAD = 0x10000
-_AT_EMPTY_PATH = 0x1000
+_AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = 0x1000, 0x4000
 
 # Those of which an argument decides: (x86_64, aarch64), how it is judged
 JUDGED: dict[str, tuple[int, int]] = {
@@ -149,6 +149,7 @@ JUDGED: dict[str, tuple[int, int]] = {
     "mmap": (9, 222),
     "mprotect": (10, 226),
     "newfstatat": (262, 79),
+    "statx": (332, 291),
     "clone": (56, 220),
     "clone3": (435, 435),
     "prctl": (157, 167),
@@ -206,6 +207,8 @@ def _judgements() -> Iterator[tuple[str, list[_Insn]]]:
     yield "mprotect", _with_bits(2, _PROT_EXEC, 0)
     # fstat() of newer glibc; a path beside the flag tells no more than whether it is there
     yield "newfstatat", _one_of(3, (_AT_EMPTY_PATH,))
+    # what this host knows of a file
+    yield "statx", _one_of(2, (_AT_EMPTY_PATH | _AT_STATX_DONT_SYNC,))
     # threads, no processes. clone3 has its flags in memory, where a filter does not see them: glibc takes clone then
     yield "clone", _with_bits(0, _CLONE_THREAD, _CLONE_THREAD)
     yield "clone3", [_answer(_ERRNO | errno.ENOSYS)]
