@@ -23,6 +23,7 @@ import faultyfs
 from daemonprocess import DaemonProcess, until
 from evtchnd.blkif import Op, Status
 from evtchnd.guest.blkfront import Blkfront
+from evtchnd.guest.domain import GuestFault
 from faultyfs import FSYNC, GETATTR, READ, WRITE, FaultyFs
 from test_control_daemon import Guest
 
@@ -360,19 +361,37 @@ def test_a_worker_without_a_free_descriptor(tmp_path: Path) -> None:
 
 
 def test_a_worker_without_memory(tmp_path: Path) -> None:
-    """What needs more is refused or ends; what is served goes on."""
-    with DaemonProcess(tmp_path) as daemon, Guest(daemon) as guest:
-        path = image(tmp_path)
+    """The device that needs more is off, with a line; what is served goes on, in the same worker."""
+    with DaemonProcess(tmp_path) as daemon, Guest(daemon) as guest, Guest(daemon, 8) as neighbour:
+        path, far = image(tmp_path), image(tmp_path, "far.img")
         front = guest.connect(daemon.attach(7, path))
+        theirs = neighbour.connect(daemon.attach(8, far))
         worker = daemon.worker(7)
         pages = int(Path(f"/proc/{worker}/statm").read_text().split()[0])
         resource.prlimit(worker, resource.RLIMIT_AS, (pages * 4096 + 65536, -1))
-        with Guest(daemon, 8) as other:
-            theirs = other.connect(daemon.attach(8, image(tmp_path, "theirs.img")))
-            daemon.attach(7, image(tmp_path, "more.img"), "xvdb")
-            works(front, path.read_bytes)
-            works(theirs, (tmp_path / "theirs.img").read_bytes)
-            theirs.disconnect()
+        devid = daemon.attach(7, image(tmp_path, "more.img"), "xvdb")
+        more = Blkfront(guest.domain, guest.store, devid, timeout=3.0)  # nobody answers it
+        failed: list[BaseException] = []
+
+        def connect() -> None:
+            try:
+                more.connect()
+            except GuestFault as exc:
+                failed.append(exc)
+
+        waiting = threading.Thread(target=connect)
+        waiting.start()
+        until(lambda: said(daemon, "domain 7: vbd 51728: journal: "), "no line")
+        (line,) = said(daemon, "domain 7: vbd 51728: journal: ")
+        assert line.endswith("of address space: Cannot allocate memory: off")
+        works(theirs, far.read_bytes)
+        assert len(daemon.call("list")) == 2
+        waiting.join(60)
+        assert len(failed) == 1
+        more.release()
+        works(front, path.read_bytes)
+        assert daemon.call("info", 7)["worker"] == {"pid": worker, "restarts": 0}
+        theirs.disconnect()
         front.disconnect()
 
 
