@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -63,11 +64,11 @@ def by_uring(op: int, *, flags: int = 0, to: int = AT_FDCWD, offset: int = 0, pa
 
 ATTEMPTS: dict[str, Callable[[], object]] = {
     "open": lambda: os.open("/etc/passwd", os.O_RDONLY),
-    "create": lambda: os.open("/tmp/intruder", os.O_WRONLY | os.O_CREAT),
+    "create": lambda: os.open(f"{sys.argv[1]}/intruder", os.O_WRONLY | os.O_CREAT),
     "stat": lambda: os.stat("/etc/passwd"),
     "list": lambda: os.listdir("/"),
-    "unlink": lambda: os.unlink("/tmp/intruder"),
-    "chmod": lambda: os.chmod("/tmp", 0o777),
+    "unlink": lambda: os.unlink(f"{sys.argv[1]}/intruder"),
+    "chmod": lambda: os.chmod(sys.argv[1], 0o700),
     "socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM),
     "netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW),
     "socketpair": socket.socketpair,
@@ -97,7 +98,7 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "x32": lambda: call(0x40000000 | 39),  # getpid
     "clone3": lambda: call(435, None, 0),
     "io_uring openat": lambda: by_uring(OPENAT, path=b"/etc/passwd", flags=os.O_RDONLY),
-    "io_uring mkdirat": lambda: by_uring(MKDIRAT, path=b"/tmp/intruder"),
+    "io_uring mkdirat": lambda: by_uring(MKDIRAT, path=f"{sys.argv[1]}/intruder".encode()),
 }
 
 

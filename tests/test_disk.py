@@ -385,7 +385,10 @@ async def test_no_space(ram: Ram, tmp_path: Path, engine: str, caplog: pytest.Lo
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert await bench.answer(WRITE, 113, segments) == OKAY
     assert path.read_bytes()[113 * 512 :][:12288] == b"\x01" * 4096 + b"\x03" * 4096 + b"\x05" * 4096
-    assert caplog.messages == ["domain 7: vbd 51712: write at byte 65536: File too large"]
+    assert caplog.messages == [
+        "domain 7: vbd 51712: write at byte 65536: File too large: "
+        "a limit of file sizes (LimitFSIZE, ulimit -f) is below the image's"
+    ]
     await bench.close()
 
 

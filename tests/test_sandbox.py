@@ -48,8 +48,8 @@ def judge(machine: str, number: int, *arguments: int, arch: int | None = None) -
             (word,) = struct.unpack_from("=I", data, k)
         elif op == 0x54:
             word &= k
-        elif op in (0x15, 0x35):
-            at += yes if (word == k if op == 0x15 else word >= k) else no
+        elif op == 0x15:
+            at += yes if word == k else no
         else:
             assert op == 0x06
             return k

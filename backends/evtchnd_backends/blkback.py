@@ -87,6 +87,8 @@ async def run(device: Device) -> None:
         sectors=device.sectors,
         sector_size=device.sector_size,
         holes=device.holes,
+        failed=device.failed,
+        on_failed=device.flush_failed,
         poller=device.poller,
         name=device.name,
     )

@@ -6,7 +6,8 @@ Which way a request goes, as measured:
 |-------------------------------------------|-------------------------------------------------------------------------|
 | READ that the page cache holds            | `BlkRing.run` does it with RWF_NOWAIT where `nowait` says that this pays |
 | READ, WRITE whose pages O_DIRECT refuses  | through memory of our own, one at a time                                |
-| WRITE of whole pages, buffered, small     | inline, 5 us, unless the kernel lately made such a write wait           |
+| WRITE of whole pages, buffered, small     | inline, 5 us, unless the kernel lately made such a write wait, or there |
+|                                           | is a server behind the file system (NFS, FUSE): it may never answer     |
 | every other READ and WRITE                | io_uring; where that is refused, threads                                |
 | FLUSH                                     | fdatasync, there too; one at a time, what comes meanwhile shares a next |
 | DISCARD                                   | fallocate, there too: a hole that reads as zeros                        |
@@ -32,7 +33,7 @@ from evtchnd.errors import HostError
 from evtchnd.transport import close_all
 
 from .bounce import Bounce
-from .geometry import KEEP_SIZE, PUNCH_HOLE, Geometry, punches, takes_nowait
+from .geometry import KEEP_SIZE, PUNCH_HOLE, Geometry, is_local, length, punches, takes_nowait
 from .threads import Engine, Threads
 
 if TYPE_CHECKING:
@@ -57,6 +58,13 @@ COOL_NS, LONGEST_COOL_NS = 100_000_000, 1_600_000_000
 200 ms at most, and goes on doing so; a CPU that was taken away for a moment looks the same, and is no reason."""
 TELL_NS = 60_000_000_000
 """One log line a minute for each kind of error."""
+_ADVICE = {
+    errno.ENOSPC: "make room where the image lies",
+    errno.EDQUOT: "raise the quota of the image's owner",
+    errno.EFBIG: "a limit of file sizes (LimitFSIZE, ulimit -f) is below the image's",
+    errno.EIO: "look at the storage (dmesg)",
+    errno.EROFS: "the file system went read-only: look at the storage (dmesg)",
+}
 
 
 class RawDisk:
@@ -72,7 +80,8 @@ class RawDisk:
 
     sectors, sector_size, physical_sector_size: for the nodes of these names.
     discard: (granularity, alignment) in bytes, None where the disk cannot. nowait: `BlkRing.run(fd)` pays.
-    inflight: requests started and not yet returned by `finished()`. failed: why every FLUSH fails from now on.
+    inflight: requests started and not yet returned by `finished()`. failed: why every FLUSH fails from now on (also of
+    an earlier worker's disk, by the same descriptor); `on_failed` is called with it before the first answer.
     inline, errors: counters.
     """
 
@@ -88,6 +97,8 @@ class RawDisk:
         sectors: int = 0,
         sector_size: int = 0,
         holes: tuple[int, int] | None = None,
+        failed: str = "",
+        on_failed: Callable[[str], None] | None = None,
         poller: Poller | None = None,
         name: str = "disk",
         clock: Callable[[], int] = monotonic_ns,
@@ -97,7 +108,8 @@ class RawDisk:
         self.wake = wake
         self.name = name
         self.inflight = 0
-        self.failed = ""
+        self.failed = failed
+        self._on_failed = on_failed
         self.inline = 0
         self.errors = 0
         # io_uring answers EAGAIN on a non-blocking file; a VMM may have passed one.
@@ -112,6 +124,8 @@ class RawDisk:
             physical //= 2
         self.physical_sector_size = physical
         self.nowait = not self.direct and takes_nowait(fd)
+        self._local = is_local(fd)
+        self._named = self.is_block or os.fstat(fd).st_nlink > 0
         self.discard = None if readonly else holes if found.is_block else punches(fd, found)
         self._own: list[int] = []
         if uring is not None:
@@ -125,6 +139,8 @@ class RawDisk:
         self.eventfd: int = eventfd
         self._closed = False
         self._engine: Engine = uring or Threads(eventfd)
+        if uring is not None:
+            uring.aside = not self._local
         self._poller = poller
         self._clock = clock
         self._cool = COOL_NS // 2
@@ -244,7 +260,7 @@ class RawDisk:
         if not self._whole():
             self._done.append((req, Status.ERROR))
             return
-        if self.direct or want > INLINE_BYTES or (want | offset) % _PAGE:
+        if self.direct or not self._local or want > INLINE_BYTES or (want | offset) % _PAGE:
             self._begin([req, offset, want])
             return
         began = self._clock()
@@ -266,6 +282,9 @@ class RawDisk:
     def _flush(self) -> None:
         """One fdatasync for all that wait: the kernel tells a lost write to only one of two that run side by side."""
         reqs, self._flush_next = self._flush_next, []
+        if self._named and not self.is_block and length(self.fd)[1] == 0:
+            where = f"/proc/{os.getpid()}/fd/{self.fd}"
+            self._error("deleted", f"the image was deleted: it is gone when the disk is; until then it is {where}")
         if self.failed or not self._whole():
             self._done += [(req, Status.ERROR) for req in reqs]
             return
@@ -278,6 +297,8 @@ class RawDisk:
             # The kernel forgets a lost write once it has told: a later success would be a lie.
             self.failed = os.strerror(-result)
             self._error("flush", f"fdatasync: {self.failed}: every flush fails until the disk is attached again")
+            if self._on_failed is not None:
+                self._on_failed(self.failed)
         status = Status.ERROR if result < 0 else Status.OKAY
         self._done += [(req, status) for req in reqs]
         if self._flush_next:
@@ -345,7 +366,8 @@ class RawDisk:
             self._done.append((req, Status.EOPNOTSUPP))
         else:
             what = self._what(req)
-            self._error(f"{what} {result}", f"{what} at byte {offset}: {os.strerror(-result)}")
+            advice = f": {_ADVICE[-result]}" if -result in _ADVICE else ""
+            self._error(f"{what} {result}", f"{what} at byte {offset}: {os.strerror(-result)}{advice}")
             self._finish(req, Status.ERROR)
 
     def _finish(self, req: Any, status: int) -> None:
@@ -366,7 +388,11 @@ class RawDisk:
 
     def _whole(self) -> bool:
         """False, with a line, if the image was truncated: a write would make it long again, with zeros for data."""
-        if self.is_block or os.lseek(self.fd, 0, os.SEEK_END) >= self.sectors * SECTOR_SIZE:
+        if self.is_block:
+            return True
+        # a seek to the end asks the server, where there is one
+        size = os.lseek(self.fd, 0, os.SEEK_END) if self._local else length(self.fd)[0]
+        if size < 0 or size >= self.sectors * SECTOR_SIZE:
             return True
         self._error("short", "the image was truncated: writes and flushes fail until it has its old length")
         return False

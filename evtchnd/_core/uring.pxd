@@ -12,6 +12,7 @@ cdef class Uring:
     cdef readonly int fd, eventfd
     cdef readonly uint32_t entries, inflight
     cdef readonly uint32_t queued
+    cdef public bint aside
     cdef uint32_t tail, head, sq_mask, cq_mask
     cdef Py_ssize_t sq_tail_at, cq_head_at, cq_tail_at, cqes_at
     cdef Mem rings, sqes

@@ -32,6 +32,7 @@ COMPILED: bool = bool(cython.compiled)
 _NR_SETUP, _NR_ENTER, _NR_REGISTER, _NR_PIDFD_GETFD = 425, 426, 427, 438
 _OP_READV, _OP_WRITEV, _OP_FSYNC, _OP_FALLOCATE = 1, 2, 3, 17
 _FSYNC_DATASYNC = 1
+_ASYNC = 1 << 4 << 8  # IOSQE_ASYNC, in the byte behind the opcode
 _SETUP_CLAMP = 1 << 4
 _FEAT_SINGLE_MMAP = 1
 _OFF_RINGS, _OFF_SQES = 0, 0x1000_0000
@@ -98,6 +99,9 @@ class Uring:
     refused: use threads then. `fd` is the ring's descriptor (Unix sockets refuse to carry it: see `descriptor_of`);
     `queued` entries wait for `submit()`; `inflight` counts those whose completion is not reaped, at most `entries`.
 
+    `aside`: entries are not tried within `submit()` first; a file system with a server behind it may keep the caller
+    waiting there (FUSE's is asked for poll() and attributes).
+
     A tag is any 64-bit number. Queued entries reach the kernel by `submit()`, at the latest by the next `pending()`.
     """
 
@@ -107,6 +111,7 @@ class Uring:
         entries: int
         inflight: int
         queued: int
+        aside: bool
         rings: Mem
         sqes: Mem
         maps: list[tuple[int, int]]
@@ -115,6 +120,7 @@ class Uring:
         self.fd = -1
         self.eventfd = eventfd
         self.entries = self.inflight = self.queued = 0
+        self.aside = False
         self.tail = self.head = 0  # both start at 0 in a new ring
         self.maps = []
         self.fd, words = _setup(entries)
@@ -179,7 +185,7 @@ class Uring:
             return False
         at = (self.tail & self.sq_mask) * _SQE_SIZE
         # Private until the tail moves.
-        put32(self.sqes.p, at, op)
+        put32(self.sqes.p, at, op | _ASYNC if self.aside else op)
         put32(self.sqes.p, at + 4, fd)
         put64(self.sqes.p, at + 8, off)
         put64(self.sqes.p, at + 16, addr)

@@ -54,6 +54,7 @@ class Disk:
     """One vbd. Owns `fd`, the journal, and its copy of the io_uring of the worker that serves it.
 
     connected   what the live ring is (the worker's words), None while there is none
+    failed      why a flush of it has failed, and so every further one fails: a lost write is told once
     reason      why it is off; "" while it is served
     leaving     a detach has given up waiting for the guest: it is removed when the guest lets it go
     passed      the image came from the domain's VMM, which passes it again to the next control plane
@@ -95,6 +96,7 @@ class Disk:
         self.uring = -1
         self.connected: Params | None = None
         self.reason = ""
+        self.failed = ""
         self.leaving = False
         self.passed = passed
         self.vbd = vbd

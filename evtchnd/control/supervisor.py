@@ -395,6 +395,7 @@ class Supervisor:
             sector_size=disk.sector_size,
             vbd=disk.vbd,
             holes=disk.holes,
+            failed=disk.failed,
         )
         journal = disk.lend()
         try:
@@ -456,6 +457,8 @@ class Supervisor:
                 self._noted(worker, message)
             case m.Keep():
                 worker.send(m.Done(message.id, reason=self._keep_uring(worker, message)))
+            case m.Failed() if message.devid in self._owner.disks:
+                self._owner.disks[message.devid].failed = message.reason
             case m.Ended() if message.devid in self._owner.disks:
                 disk = self._owner.disks[message.devid]
                 worker.given.discard(disk.devid)

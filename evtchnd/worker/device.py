@@ -143,6 +143,8 @@ class Device(AnyDevice):
     readonly, cdrom, direct   how the disk was attached (direct: opened with O_DIRECT)
     sectors, sector_size   the disk's size in 512-byte units, its sectors in bytes; 0: as the disk says
     holes           of a block device: what it discards at once and from where on, in bytes; None: it does not
+    failed          why an earlier worker's flush failed; "": none has. A kernel tells a lost write once
+    flush_failed    called with that: the next worker has to know
     journal_fd      the in-flight journals' memfd, made by the control plane for the most and largest rings allowed
     options         the `vbd` table of the configuration (control/config.py: Vbd)
     hung            set by the backend at its end: requests are still at the disk, and the journal stays locked
@@ -163,6 +165,8 @@ class Device(AnyDevice):
         sectors: int = 0,
         sector_size: int = 0,
         holes: tuple[int, int] | None = None,
+        failed: str = "",
+        flush_failed: Callable[[str], None] | None = None,
         **shared: Any,
     ) -> None:
         """`shared`: what AnyDevice takes."""
@@ -179,6 +183,8 @@ class Device(AnyDevice):
         self.sector_size = sector_size
         self.hung = False
         self.holes = holes
+        self.failed = failed
+        self.flush_failed = flush_failed
         self.resize: Callable[[int], Awaitable[None]] = self._resize
 
     async def _resize(self, sectors: int) -> None:

@@ -320,6 +320,8 @@ class Worker:
                 sectors=attach.sectors,
                 sector_size=attach.sector_size,
                 holes=attach.holes,
+                failed=attach.failed,
+                flush_failed=lambda reason: self._send(m.Failed(attach.devid, reason)),
             )
         except BaseException:
             if uring is not None:

@@ -22,6 +22,7 @@
 | Unbind               |             |                                                          |
 | Connected            |             | Done, when the next control plane would know it, too     |
 | Keep                 |             | Done, when the control plane has its copy                |
+| Failed               |             | a disk's flush has failed, for that reason               |
 | Ended                |             | (reason "" : closed in order; else off, for that reason) |
 
 A `devid` here is the device's key: a disk's number, `console_key` of a console's, `vif_key` of a vif's (device.py).
@@ -100,6 +101,7 @@ class Attach(Message):
     sector_size: int = 0
     vbd: Vbd | None = None
     holes: tuple[int, int] | None = None
+    failed: str = ""
 
 
 class AttachConsole(Message):
@@ -242,6 +244,13 @@ class Keep(Message):
     number: int
 
 
+class Failed(Message):
+    """A disk's flush has failed: no later one may succeed, whoever serves it."""
+
+    devid: int
+    reason: str
+
+
 class Ended(Message):
     """A device's backend has ended by itself."""
 
@@ -287,6 +296,7 @@ AnyMessage = (
     | Unbind
     | Connected
     | Keep
+    | Failed
     | Ended
     | Count
     | Counted
