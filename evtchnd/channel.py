@@ -25,7 +25,8 @@ sleep and a kick cost the same with four thousand channels as with one.
 Kick eventfds are in the epoll edge-triggered: each write is one event, so nobody reads them. With thousands of channels
 most of a kick's cost is memory that is cold when it comes, and so there is little of it: one epoll entry in the kernel,
 the `Channel` and its coroutine here, none of the loop's own objects. A guest that kicks a ring which is not armed is
-not heard until it is: its kicks then cost nobody anything.
+not heard until it is: its kicks then cost nobody anything. One that kicks a ring which is armed, and brings nothing, is
+heard late after the first few (spurious.py); a kick that brings work, in the same look that finds it, ends that.
 
 The window adapts, as KVM's halt polling does (Documentation/virt/kvm/halt-polling.rst), with one difference. KVM
 compares the time it slept with the longest window. Here that time contains the wake-up of this CPU, which is often
@@ -37,6 +38,7 @@ next one waits for twice as many short sleeps.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import select
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -45,7 +47,11 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Protocol
 
+from . import spurious
 from .errors import VmmError
+from .seldom import Seldom
+
+log = logging.getLogger(__name__)
 
 SLICE_NS = 20_000
 """How long a poll keeps the loop from other descriptors: about what one batch of a full ring costs."""
@@ -114,7 +120,8 @@ class Channel:
     name: for log lines and errors, as "domain 7: vbd 51712". Without a poller there is no polling: the ring is armed
     after every pump.
 
-    Counters, plain integers: `kicks` (see there), `wakeups` (times that the loop heard of them), `notifications`.
+    Counters, plain integers: `kicks` (see there), `wakeups` (times that the loop heard of them), `spurious` (those that
+    brought no work), `notifications`.
     """
 
     # One of thousands is cold when its kick comes: it lies in one piece.
@@ -129,6 +136,7 @@ class Channel:
         "_running",
         "arm",
         "closed",
+        "idle",
         "kick_fd",
         "more",
         "muted",
@@ -136,6 +144,7 @@ class Channel:
         "notifications",
         "notify_fd",
         "pending",
+        "spurious",
         "until",
         "wakeups",
     )
@@ -150,6 +159,7 @@ class Channel:
         self.notify_fd = notify
         self.name = name
         self.wakeups = 0
+        self.spurious = 0
         self.notifications = 0
         self.closed = False
         self._kicks = 0
@@ -160,11 +170,13 @@ class Channel:
         self._running = False
         self._again = False
         # The poller's view; see Poller._look, _arm and mute. `until`: when it had no work for a window; 0: it just had.
+        # `idle`: kicks in a row that brought none.
         self.pending: Callable[[], bool] = _no
         self.arm: Callable[[], bool] = _no
         self.more = False
         self.muted = False
         self.until = 0
+        self.idle = 0
 
     @property
     def kicks(self) -> int:
@@ -282,7 +294,7 @@ class Channel:
             coro.close()
             return
         self.more = False
-        self.until = 0
+        self.until = self.idle = 0
         if self._poller is not None:
             self._poller.live[self] = None
 
@@ -298,9 +310,24 @@ class Channel:
         looked_at = poller is not None and poller.looks_at(self) and pending is not _no
         if looked_at and poller is not None:
             poller.mute(self)
-        if found or not looked_at:
+        if found:
             self.advance()
+        elif not looked_at:
+            self._in_vain()
+        else:
+            self.spurious += 1
         return found
+
+    def _in_vain(self) -> None:
+        """A kick without work. It is stepped all the same: a pump may have more to look at than `pending` says."""
+        idle = self.idle + 1
+        watched = self.pending is not _no
+        self.advance()
+        if watched and self._coro is not None and self._poller is not None:
+            self.spurious += 1
+            self.idle = idle
+            if idle > spurious.FREE:
+                self._poller.delay(self)
 
     def fail(self, error: Exception | None) -> None:
         """The coroutine is over (for the poller, too)."""
@@ -366,6 +393,8 @@ class Poller:
         self._closed = False
         self._kicks = select.epoll()
         self._by_fd: list[Channel | None] = []  # a dict's entry would be two more cold cache lines
+        self._late: dict[Channel, asyncio.TimerHandle] = {}
+        self._lines = Seldom()
         loop.add_reader(self._kicks.fileno(), self._on_kicks)
 
     def listen(self, channel: Channel) -> None:
@@ -379,6 +408,9 @@ class Poller:
     def forget(self, channel: Channel) -> None:
         """Ends that; before the descriptor is closed, since others hold copies of it and epoll goes by the file."""
         self.live.pop(channel, None)
+        late = self._late.pop(channel, None)
+        if late is not None:
+            late.cancel()
         if not self._closed:
             self._by_fd[channel.kick_fd] = None
             with suppress(FileNotFoundError, PermissionError):  # somebody has put another file in its place
@@ -413,6 +445,9 @@ class Poller:
             self.loop.remove_reader(source.eventfd)
         self._sources = ()
         self.live.clear()
+        for timer in self._late.values():
+            timer.cancel()
+        self._late.clear()
         self._users.clear()
         if self._next is not None:
             self._next.cancel()
@@ -546,6 +581,28 @@ class Poller:
         """Its guest kicks a ring that is not armed: not heard until it is. Such a kick then wakes nobody."""
         channel.muted = True
         self._kicks.modify(channel.kick_fd, 0)
+
+    def delay(self, channel: Channel) -> None:
+        """Its guest kicks, and brings nothing: not heard for a while. Whatever else steps it does so as before."""
+        delay = spurious.delay_s(channel.idle, len(self._late))
+        self._kicks.modify(channel.kick_fd, 0)
+        channel.count()  # what is kicked from now on is told apart; it is armed after this, which looks once more
+        self._late[channel] = self.loop.call_later(delay, self._listen_again, channel)
+        if channel.idle == spurious.FREE + 1 and (more := self._lines.due("late")) is not None:
+            log.warning(
+                "%s: kicked %d times in a row without work: heard late, by %g to %g ms, until a kick brings some%s",
+                *(channel.name, channel.idle, spurious.FIRST_S * 1000, spurious.LONGEST_S * 1000, more),
+            )
+
+    def _listen_again(self, channel: Channel) -> None:
+        del self._late[channel]
+        if channel.count():
+            self.pumped(found=channel.heard())
+        elif channel.idle:
+            channel.idle -= 1  # it was silent for as long as it was not heard
+        heard = channel.kick_fd < len(self._by_fd) and self._by_fd[channel.kick_fd] is channel
+        if heard and channel not in self._late and not channel.muted:
+            self._kicks.modify(channel.kick_fd, _HEARD)
 
     def _on_kicks(self) -> None:
         self.woken()

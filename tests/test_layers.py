@@ -14,7 +14,7 @@ PRODUCT = sorted([*ROOT.glob("evtchnd/**/*.py"), *ROOT.glob("backends/**/*.py")]
 
 # Each layer: what belongs to it, and which layers it may import besides itself.
 LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "base": (("abi", "errors", "blkif", "netif", "diskspec", "vifspec", "seldom"), ()),
+    "base": (("abi", "errors", "blkif", "netif", "diskspec", "vifspec", "seldom", "spurious"), ()),
     "core": (("_core", "memory", "grants", "ring", "stream", "journal", "answers"), ("base",)),
     "ports": (("ports",), ("base",)),
     "wire": (("protocol", "messages", "tables", "transport"), ("base",)),

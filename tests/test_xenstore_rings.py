@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from evtchnd.xenstore import wire
+from evtchnd import spurious
+from evtchnd.xenstore import rings, wire
 from evtchnd.xenstore.contention import HOLD_S
 from evtchnd.xenstore.server import Server
 from evtchnd.xenstore.wire import Op
@@ -185,4 +186,50 @@ async def test_xsa_420_a_bad_header_leaves_the_loop_idle(
     assert len(caplog.records) == 1
     assert await other.ask(Op.READ, b"data\0") == b""
     guest.close()
+    other.close()
+
+
+async def test_xsa_332_kicks_for_nothing_are_heard_late(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that only kicks costs its neighbours nothing; one line says so; a request ends it."""
+    monkeypatch.setattr(spurious, "delay_s", lambda *_, **__: 3600.0)
+    storm, other = boot(server, 7), boot(server, 8)
+    reader = storm.ring._kicked
+    heard = 0
+
+    def kicked() -> None:
+        nonlocal heard
+        heard += 1
+        reader()
+
+    loop = asyncio.get_running_loop()
+    loop.remove_reader(storm.ring._kick)
+    loop.add_reader(storm.ring._kick, kicked)
+    with caplog.at_level(logging.WARNING):
+        for number in range(1000):
+            storm.poke()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            if number % 100 == 0:
+                assert await other.ask(Op.READ, b"data\0") == b""
+    assert 0 <= heard - (rings.FREE_KICKS + 1) <= 1  # its first turn may have been due still
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("domain 7: xenstore ring: kicked 65 times in a row for nothing: heard late")
+    storm.send_some(wire.pack(Op.READ, 1, 0, b"data\0"))
+    assert storm.ring._late is not None
+    storm.ring._late.cancel()
+    storm.ring._listen()
+    assert (await storm.receive())[3] == b""
+    monkeypatch.undo()
+    for number in range(rings.FREE_KICKS + 20):  # and with the delays as they are, what it asks in a storm is answered
+        storm.poke()
+        await asyncio.sleep(0)
+        if number % 20 == 19:
+            assert await storm.ask(Op.READ, b"data\0") == b""
+    for _ in range(3 * rings.FREE_KICKS):
+        storm.poke()
+        await asyncio.sleep(0)
+    assert await storm.ask(Op.READ, b"data\0") == b""
+    storm.close()
     other.close()

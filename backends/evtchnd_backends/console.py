@@ -238,6 +238,7 @@ class Connection:
         return {
             "kicks": channel.kicks,
             "wakeups": channel.wakeups,
+            "spurious_kicks": channel.spurious,
             "notifications": channel.notifications,
             "stopped": int(self._stopped),
         }

@@ -341,6 +341,7 @@ class Queue:
             "rx_completed": rx.completed,
             "kicks": sum(channel.kicks for channel in self.channels),
             "wakeups": sum(channel.wakeups for channel in self.channels),
+            "spurious_kicks": sum(channel.spurious for channel in self.channels),
             "notifications": sum(channel.notifications for channel in self.channels),
         }
 

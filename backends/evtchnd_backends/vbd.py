@@ -262,6 +262,7 @@ class Queue:
             counted |= {
                 "kicks": channel.kicks,
                 "wakeups": channel.wakeups,
+                "spurious_kicks": channel.spurious,
                 "notifications": channel.notifications,
             }
         return counted

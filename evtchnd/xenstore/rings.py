@@ -23,7 +23,9 @@ import select
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from .. import spurious
 from ..errors import GuestError
+from ..seldom import Seldom
 from ..stream import XENSTORE, XENSTORE_CONNECTION, XENSTORE_ERROR, XENSTORE_FEATURES, ByteStream
 from . import operations, wire
 from .contention import HOLD_S
@@ -35,6 +37,9 @@ log = logging.getLogger(__name__)
 
 # Looks at one guest's ring in a row, each for one request; then the others have their turn
 BATCH = 4
+# Kicks in a row without a request, and without an answer or event for it, that are free: Linux kicks twice for each
+# reply that it takes (header, body), and takes twenty of them (the quota of outstanding ones) or some events in a row.
+FREE_KICKS = 64
 _ONE = (1).to_bytes(8, "little")
 
 
@@ -74,6 +79,9 @@ class RingConnection:
         self._waiting = False  # a request may lie in the ring, untouched
         self._dirty = False  # something was consumed or produced: the guest is notified once
         self._queued = False  # it has a turn
+        self._idle = 0  # kicks in a row that brought nothing
+        self._late: asyncio.TimerHandle | None = None  # it is not heard until then
+        self._lines = Seldom()
         self._kick = _own(kick)
         self._notify = _own(notify)
 
@@ -127,7 +135,29 @@ class RingConnection:
             return
         self._server.looking.came()
         if not self._queued:
+            self._idle += 1  # 0 again with the first thing that moves
             self._pump()
+            if self._idle > FREE_KICKS:
+                self._delay()
+
+    def _delay(self) -> None:
+        """The guest kicks for nothing: it is not heard for a while (spurious.py). Others have this loop, too."""
+        if self.closed or self._queued or self._late is not None:
+            return
+        self._loop.remove_reader(self._kick)
+        self._late = self._loop.call_later(spurious.delay_s(self._idle, free=FREE_KICKS), self._listen)
+        if self._idle == FREE_KICKS + 1 and (more := self._lines.due("late")) is not None:
+            log.warning(
+                "domain %d: xenstore ring: kicked %d times in a row for nothing: heard late, by up to %g ms, until a "
+                "kick brings a request%s",
+                *(self.domid, self._idle, spurious.LONGEST_S * 1000, more),
+            )
+
+    def _listen(self) -> None:
+        self._late = None
+        if not _ready(self._kick, select.POLLIN):
+            self._idle -= self._idle > 0  # silent for as long as it was not heard
+        self._loop.add_reader(self._kick, self._kicked)
 
     def _pump(self) -> None:
         try:
@@ -223,6 +253,7 @@ class RingConnection:
     def _tell(self) -> None:
         if self._dirty and not self.closed:
             self._dirty = False
+            self._idle = 0
             # Not ready: the counter is full, the guest has not looked yet, and will
             with suppress(BlockingIOError):
                 if _ready(self._notify, select.POLLOUT):
@@ -264,6 +295,8 @@ class RingConnection:
             return
         self.closed = True
         self._loop.remove_reader(self._kick)
+        if self._late is not None:
+            self._late.cancel()
         if self._queued:
             self._server.turns.discard(self)
             self._queued = False
