@@ -686,7 +686,7 @@ async def test_a_kick_that_is_counted_is_not_lost(channels: Callable[..., Channe
         await until(lambda number=number: served.taken == number)
 
 
-async def test_one_that_closes_another_that_was_kicked_with_it(
+async def test_xsa_331_441_one_that_closes_another_that_was_kicked_with_it(
     channels: Callable[..., Channel], polling: Callable[..., Poller]
 ) -> None:
     poller = polling(max_us=0)
@@ -704,7 +704,7 @@ async def test_one_that_closes_another_that_was_kicked_with_it(
     assert second.pumps == 0
 
 
-def test_what_is_no_eventfd_is_refused() -> None:
+def test_vmm_what_is_no_eventfd_is_refused() -> None:
     good = eventfd()
     read, write = os.pipe()
     semaphore = os.eventfd(2, os.EFD_SEMAPHORE)
@@ -720,7 +720,7 @@ def test_what_is_no_eventfd_is_refused() -> None:
         os.close(fd)
 
 
-async def test_counters_at_their_ends_do_not_stall() -> None:
+async def test_vmm_counters_at_their_ends_do_not_stall() -> None:
     full = 2**64 - 2
     notify = os.eventfd(full & 0xFFFF_FFFF)  # blocking
     os.eventfd_write(notify, full - (full & 0xFFFF_FFFF))

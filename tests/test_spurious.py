@@ -47,7 +47,7 @@ def test_a_domain_has_one_budget_however_many_channels_it_has() -> None:
         assert delays == sorted(delays) and delays[-1] <= spurious.LONGEST_OF_MANY_S
 
 
-async def test_a_storm_is_heard_late(
+async def test_xsa_332_a_storm_is_heard_late(
     channels: Callable[..., Channel], poller: Poller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spurious, "FIRST_S", HOUR)
@@ -130,7 +130,7 @@ async def test_late_channels_share_a_budget(
     assert shares[-1] == 9
 
 
-async def test_closed_while_it_is_not_heard(
+async def test_xsa_331_441_closed_while_it_is_not_heard(
     channels: Callable[..., Channel], poller: Poller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its descriptor's number is another channel's at once: that one is heard, and nobody else's timer ends it."""

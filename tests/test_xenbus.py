@@ -164,7 +164,7 @@ async def test_failure_is_one_step() -> None:
         waiting.cancel()
 
 
-async def test_a_million_writes_are_one_look() -> None:
+async def test_xsa_349_a_million_writes_are_one_look() -> None:
     """XSA-349: what a frontend writes while nobody looks is not kept."""
     async with world() as (server, bus):
         assert await take(bus) is Step.ANNOUNCE
