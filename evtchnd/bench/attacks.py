@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import random
 import socket
 import sys
@@ -211,10 +212,10 @@ def grants_flip(attacker: Attacker) -> None:
 def reconnect(attacker: Attacker) -> None:
     """XSA-350: connected and gone again, with requests in the ring."""
     front = attacker.front(queues=2)
-    for queue in front.queues:
-        for _ in range(queue.room):
-            queue.submit_read(0, 8)
-        queue.push()
+    for each in front.queues:
+        for _ in range(each.room):
+            each.submit_read(0, 8)
+        each.push()
     attacker.fronts.pop((front.devid, 2))
     front.bus.switch(XenbusState.CLOSING)
     front.bus.wait_backend(XenbusState.CLOSING, XenbusState.CLOSED)
@@ -453,25 +454,29 @@ def main(argv: Sequence[str]) -> int:
     """As in the module's text."""
     runtime, domid, name = argv
     (case,) = (case for case in CASES if case.name == name)
-    going, over = threading.Event(), threading.Event()
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def obey() -> None:
+    def hear() -> None:
         for line in sys.stdin:
-            (going.set if line.strip() == "go" else going.clear)()
-            told.release()
-        over.set()
-        told.release()
+            told.put(line.strip())
+        told.put("end")
 
-    told = threading.Semaphore(0)
     with Attacker(Path(runtime) / "vmm.sock", int(domid)) as attacker:
         case.attack(attacker)
         print(attacker.rounds, flush=True)
-        threading.Thread(target=obey, daemon=True).start()
-        while told.acquire() and not over.is_set():
-            print(attacker.rounds, flush=True)
-            while going.is_set() and not over.is_set():
+        threading.Thread(target=hear, daemon=True).start()
+        going = False
+        while True:
+            try:
+                word = told.get(block=not going)
+            except queue.Empty:
                 case.attack(attacker)
                 attacker.rounds += 1
+                continue
+            if word == "end":
+                break
+            going = word == "go"
+            print(attacker.rounds, flush=True)
     return 0
 
 
