@@ -107,9 +107,10 @@ def outcome(root: Path, tests: Iterable[str]) -> tuple[str, str]:
 
 
 def run(rows: Sequence[str] = (), *, path: Path = TABLE, say: bool = False) -> dict[str, object]:
-    """{"run": count, "survived": count, "survivors": names}. rows: only these; none: all. Wrong."""
+    """{"run": count, "survived": count, "survivors": names}. rows: only these; none: all. Wrong: with all that is, at the
+    end."""
     mutants = [each for each in table(path) if not rows or {*each.rows} & {*rows}]
-    survivors = []
+    survivors, wrong = [], []
     with tempfile.TemporaryDirectory(prefix="evtchnd-mutants-") as folder:
         root = Path(folder)
         copy(root)
@@ -125,13 +126,16 @@ def run(rows: Sequence[str] = (), *, path: Path = TABLE, say: bool = False) -> d
             try:
                 found, text = outcome(root, [mutant.test])
             except Wrong as exc:
-                raise Wrong(f"{mutant.name}: {exc}") from None
+                found = "not tried"
+                wrong.append(f"{mutant.name}: {exc}")
             finally:
                 file.write_text(before)
             if say:
                 print(f"{found}: {mutant.name}", flush=True)
             if found == SURVIVED:
                 survivors.append(f"{mutant.name}: {mutant.test} passes without it")
+    if wrong:
+        raise Wrong("\n".join([*survivors, *wrong]))
     return {"run": len(mutants), "survived": len(survivors), "survivors": survivors}
 
 

@@ -596,7 +596,7 @@ async def test_another_file_in_the_place_of_the_kick_descriptor(channels: Callab
     assert served.done.cancelled()
 
 
-async def test_a_copy_of_the_kick_descriptor_does_not_keep_it_in_the_epoll(
+async def test_xsa_331_441_a_copy_of_the_kick_descriptor_does_not_keep_it_in_the_epoll(
     channels: Callable[..., Channel], polling: Callable[..., Poller]
 ) -> None:
     """The control plane has one of each: what is kicked after the end of a channel wakes nobody."""
