@@ -107,8 +107,10 @@ def outcome(root: Path, tests: Iterable[str]) -> tuple[str, str]:
 
 
 def run(rows: Sequence[str] = (), *, path: Path = TABLE, say: bool = False) -> dict[str, object]:
-    """{"run": count, "survived": count, "survivors": names}. rows: only these; none: all. Wrong: with all that is, at the
-    end."""
+    """{"run": count, "survived": count, "survivors": names}. rows: only these; none: all.
+
+    Wrong: at the end, with all that could not be tried and what has survived.
+    """
     mutants = [each for each in table(path) if not rows or {*each.rows} & {*rows}]
     survivors, wrong = [], []
     with tempfile.TemporaryDirectory(prefix="evtchnd-mutants-") as folder:

@@ -165,5 +165,5 @@ def test_a_node_whose_path_is_none_is_refused(path: bytes) -> None:
     """It would be a node that no request finds, in nobody's walk of the tree (found by fuzzing)."""
     above = [m.Node(b"/a", b"", ((0, 0),), 0, 0, 0)]
     data = m.header() + b"".join(map(m.pack, [*above, m.Node(path, b"v", ((0, 0),), 0, 0, 0)])) + m.end()
-    with pytest.raises(m.MigrationError, match="this is no path of a node|without the one above"):
+    with pytest.raises(m.MigrationError, match=r"this is no path of a node|without the one above"):
         restore.from_stream(data)

@@ -3,9 +3,6 @@
 Shared by the tests (tests/hostile: what it may not break) and by `hostile.py` (what it costs a neighbour). Run as a
 program (`python -m evtchnd.bench.attacks RUNTIME_DIR DOMID CASE`) it takes "go" and "stop" on standard input, and
 answers each with a line: how many rounds it has done.
-
-The attacker is a soft domain whose disks the daemon's configuration names (`disks`), so that it has them again whenever
-it comes back.
 """
 
 from __future__ import annotations
@@ -13,128 +10,26 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import random
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from evtchnd import transport
 from evtchnd.abi import GTF_PERMIT_ACCESS, XenbusState
+from evtchnd.bench import storeattacks as store
+from evtchnd.bench.attacker import PATIENCE_S, Attacker, MiB, until
 from evtchnd.blkif import X86_64, Op
 from evtchnd.errors import HostError, VmmError
-from evtchnd.guest.blkfront import Blkfront
-from evtchnd.guest.domain import Domain, GuestFault
-from evtchnd.guest.xenstore import XenStore
-from evtchnd.stream import CONSOLE, XENSTORE, XENSTORE_ERROR, ByteStream
+from evtchnd.stream import CONSOLE, ByteStream
 from evtchnd.vmm.soft import SoftVmm
-from evtchnd.xenstore import wire
-from evtchnd.xenstore.wire import Op as StoreOp
 
-MiB = 1 << 20
-VBD = 51712
 # blkif's ring page: req_prod, req_event, rsp_prod, rsp_event, then entries of 112 bytes from byte 64 on
 _REQ_PROD, _RSP_PROD = 0, 2
 _ENTRIES, _ENTRY = 32, 112
-# The host has to answer within this, busy as the attack makes it.
-PATIENCE_S = 30.0
-
-
-def disks(folder: Path, count: int, size: int = MiB) -> list[str]:
-    """Images of the attacker, as the configuration names them."""
-    specs = []
-    for number in range(count):
-        image = folder / f"attacker-{number}.img"
-        image.write_bytes(bytes(size))
-        specs.append(f"{image},raw,xvd{chr(ord('a') + number)},w")
-    return specs
-
-
-class Attacker:
-    """A domain and what it has connected. A context manager. `rounds`: how many rounds it has done."""
-
-    def __init__(self, vmm_socket: Path, domid: int, *, seed: int = 1) -> None:
-        self.vmm_socket = vmm_socket
-        self.domid = domid
-        self.dice = random.Random(seed)
-        self.rounds = 0
-        self.fronts: dict[tuple[int, int], Blkfront] = {}
-        self._life = contextlib.ExitStack()
-        self.begin()
-
-    def begin(self) -> None:
-        """It boots."""
-        with contextlib.ExitStack() as life:
-            self.vm = life.enter_context(self._registered())
-            self.domain = Domain(self.vm)
-            life.callback(self.domain.close)
-            self.store = XenStore(self.domain)
-            life.callback(self.store.close)
-            self._life = life.pop_all()
-
-    def _registered(self) -> SoftVmm:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return SoftVmm(self.vmm_socket, self.domid, memory=32 * MiB)
-            except (VmmError, HostError):  # the one before is still being taken down
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-
-    def end(self) -> None:
-        """As a VMM that ends in order; what was connected is gone with it."""
-        for front in self.fronts.values():
-            front.forget()
-        self.fronts.clear()
-        self._life.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # an attack that fails leaves pages in use: what that breaks here must not hide why
-        with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():
-            self.end()
-
-    def front(self, devid: int = VBD, *, queues: int = 1) -> Blkfront:
-        """A disk of it, connected."""
-        known = self.fronts.get((devid, queues))
-        if known is not None:
-            return known
-        self.store.wait_for(f"device/vbd/{devid}/backend", lambda value: value is not None, PATIENCE_S)
-        front = Blkfront(
-            self.domain, self.store, devid, queues=queues, depth=4, segments=1, spin_us=0, timeout=PATIENCE_S
-        )
-        front.connect()
-        self.fronts[devid, queues] = front
-        return front
-
-    def drop(self, front: Blkfront) -> None:
-        """Closes a connection that the host may have closed first."""
-        self.fronts.pop((front.devid, len(front.queues)))
-        front.bus.switch(XenbusState.CLOSED)
-        front.bus.wait_backend(XenbusState.CLOSED)
-        front.release()
-
-    @contextlib.contextmanager
-    def ring(self, front: Blkfront) -> Iterator[tuple[memoryview, memoryview]]:
-        """Its first ring's page, as bytes and as words."""
-        with self.vm.ram.view(front.ring_gfn) as page, page.cast("I") as words:
-            yield page, words
-
-
-def _until(ready: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not ready():
-        if time.monotonic() > deadline:
-            raise GuestFault(what)
-        time.sleep(0.0005)
-
 
 # ---- rings and grants
 
@@ -161,7 +56,7 @@ def _flood(attacker: Attacker, change: Callable[[memoryview, Sequence[int]], Non
             attacker.vm.send(front.port)
             for _ in range(8):
                 change(page, grefs)
-            _until(lambda prod=prod: words[_RSP_PROD] == prod, "requests have no answer")  # type: ignore[misc]
+            until(lambda prod=prod: words[_RSP_PROD] == prod, "requests have no answer")  # type: ignore[misc]
     attacker.drop(front)
 
 
@@ -260,117 +155,7 @@ def ports(attacker: Attacker) -> None:
         attacker.vm.reset()
     finally:
         os.close(fd)
-    reboot(attacker)
-
-
-# ---- XenStore
-
-
-class RawStore:
-    """The guest's XenStore page without a client that minds what comes."""
-
-    def __init__(self, attacker: Attacker) -> None:
-        self._vm = attacker.vm
-        self._client = attacker.store._stream
-        self._page = attacker.vm.ram.view(attacker.vm.store_gfn)
-        self._stream = ByteStream(self._page, XENSTORE, side="front")
-        self._parser = wire.Parser()
-
-    def put(self, data: bytes) -> bytes:
-        """Writes what there is room for; -> the rest."""
-        done = self._stream.write(data)
-        self._vm.send(self._vm.store_port)
-        return data[done:]
-
-    def take(self) -> list[tuple[int, int, int, bytes]]:
-        """All that has come."""
-        data = self._stream.read(XENSTORE.to_front.size)
-        if data:
-            self._vm.send(self._vm.store_port)
-        self._parser.feed(data)
-        found = []
-        while (message := self._parser.next()) is not None:
-            found.append(message)
-        return found
-
-    def ask_all(self, requests: Sequence[bytes]) -> list[bytes]:
-        """All requests at once, none of their replies taken before there is no more room; -> the replies' bodies."""
-        rest = b"".join(requests)
-        replies: list[bytes] = []
-        deadline = time.monotonic() + PATIENCE_S
-        while len(replies) < len(requests):
-            before = len(rest)
-            rest = self.put(rest) if rest else rest
-            if len(rest) == before:
-                replies += [body for op, _, _, body in self.take() if op != StoreOp.WATCH_EVENT]
-                time.sleep(0.0002)
-            if time.monotonic() > deadline:
-                raise GuestFault("XenStore does not answer")
-        return replies
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client.attach()
-        self._stream.close()
-        self._page.release()
-
-
-def store_pipelined(attacker: Attacker) -> None:
-    """XSA-326, 416: requests without end, whose replies are taken when there is no more room."""
-    with RawStore(attacker) as raw:
-        raw.ask_all([wire.pack(StoreOp.DIRECTORY, number, 0, b"device\0") for number in range(300)])
-
-
-def store_state(attacker: Attacker) -> None:
-    """XSA-349: the path that the host watches is written again and again."""
-    path = f"/local/domain/{attacker.domid}/device/vbd/{VBD}/state".encode() + b"\0"
-    with RawStore(attacker) as raw:
-        raw.ask_all([wire.pack(StoreOp.WRITE, number, 0, path + b"1") for number in range(300)])
-
-
-def store_transactions(attacker: Attacker) -> None:
-    """XSA-206, 484: transactions are begun, filled, and neither ended nor read."""
-    with RawStore(attacker) as raw:
-        started = raw.ask_all([wire.pack(StoreOp.TRANSACTION_START, 1, 0, b"\0")] * 12)
-        known = [int(body.rstrip(b"\0")) for body in started if body.rstrip(b"\0").isdigit()]
-        for tx in known:
-            raw.ask_all(
-                [wire.pack(StoreOp.WRITE, 1, tx, b"data/%d\0x" % number) for number in range(50)]
-                + [wire.pack(StoreOp.DIRECTORY, 1, tx, b"\0"), wire.pack(StoreOp.RM, 1, tx, b"data/1\0")]
-            )
-        raw.ask_all([wire.pack(StoreOp.TRANSACTION_END, 1, tx, b"T\0") for tx in (*known, 99)])
-
-
-def store_watches(attacker: Attacker) -> None:
-    """XSA-324, 326: watches with tokens as long as may be, fired faster than their events are taken."""
-    with RawStore(attacker) as raw:
-        raw.ask_all([wire.pack(StoreOp.WATCH, 1, 0, b"data\0" + b"%0200d\0" % number) for number in range(140)])
-        raw.ask_all([wire.pack(StoreOp.WRITE, 1, 0, b"data/a\0x")] * 20)
-        raw.ask_all([wire.pack(StoreOp.RESET_WATCHES, 1, 0, b"\0")])
-
-
-def store_nodes(attacker: Attacker) -> None:
-    """XSA-325, 418, 481: nodes until the quota ends it, deep paths, paths that are none; all removed again."""
-    deep = "/".join(["d"] * 200).encode()
-    with RawStore(attacker) as raw:
-        raw.ask_all([wire.pack(StoreOp.WRITE, 1, 0, b"data/%d\0" % number + b"x" * 100) for number in range(1100)])
-        raw.ask_all(
-            [wire.pack(StoreOp.MKDIR, 1, 0, path + b"\0") for path in (b"data/" + deep, b"//", b"", b"a//b", b"a\1")]
-        )
-        raw.ask_all([wire.pack(StoreOp.RM, 1, 0, b"data\0"), wire.pack(StoreOp.MKDIR, 1, 0, b"data\0")])
-
-
-def store_index(attacker: Attacker) -> None:
-    """XSA-38, 420: the ring's indices and headers are of chance. Its ring is off, and it has to boot again."""
-    with attacker.vm.ram.view(attacker.vm.store_gfn) as page, page.cast("I") as words:
-        words[XENSTORE_ERROR // 4] = 0
-        page[0:1024] = attacker.dice.randbytes(1024)
-        words[2052 // 4] = (words[2052 // 4] + attacker.dice.choice((1025, 1 << 31, 512))) & 0xFFFFFFFF
-        attacker.vm.send(attacker.vm.store_port)
-        _until(lambda: words[XENSTORE_ERROR // 4] != 0, "the ring is served on")
-    reboot(attacker)
+    attacker.reboot()
 
 
 # ---- the console, the VMM
@@ -394,8 +179,7 @@ def console(attacker: Attacker) -> None:
 
 def reboot(attacker: Attacker) -> None:
     """XSA-419: the domain ends, in order or not, and begins again."""
-    attacker.end()
-    attacker.begin()
+    attacker.reboot()
 
 
 def vmm_socket(attacker: Attacker) -> None:
@@ -438,12 +222,12 @@ CASES = (
     Case("reconnect", reconnect),
     Case("storm", storm, r"domain {domid}: (vbd|xenstore ring|console).*: kicked \d+ times in a row"),
     Case("ports", ports),
-    Case("store_pipelined", store_pipelined),
-    Case("store_state", store_state),
-    Case("store_transactions", store_transactions),
-    Case("store_watches", store_watches),
-    Case("store_nodes", store_nodes, r"domain {domid}: .*quota"),
-    Case("store_index", store_index, r"domain {domid}: xenstore ring: .*not served any more"),
+    Case("store_pipelined", store.pipelined),
+    Case("store_state", store.state),
+    Case("store_transactions", store.transactions),
+    Case("store_watches", store.watches),
+    Case("store_nodes", store.nodes, r"domain {domid}: .*quota"),
+    Case("store_index", store.index, r"domain {domid}: xenstore ring: .*not served any more"),
     Case("console", console, r"domain {domid}: console 0: stopped until its indices are possible"),
     Case("reboot", reboot),
     Case("vmm_socket", vmm_socket, r"registered already|REGISTER|HELLO|message"),

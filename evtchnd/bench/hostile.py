@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Self
 
 from evtchnd.abi import PAGE_SIZE
-from evtchnd.bench.attacks import CASES, disks
+from evtchnd.bench.attacker import disks
+from evtchnd.bench.attacks import CASES
 from evtchnd.bench.report import median
 from evtchnd.bench.served import DEVID, DOMID, Daemon, soft_guest
 from evtchnd.blkif import SECTORS_PER_PAGE, Status

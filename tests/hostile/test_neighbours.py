@@ -17,7 +17,8 @@ from neighbour import DOMID as NEIGHBOUR
 from neighbour import Neighbour
 
 from daemonprocess import DaemonProcess, until
-from evtchnd.bench.attacks import CASES, Attacker, Case, disks
+from evtchnd.bench.attacker import Attacker, disks
+from evtchnd.bench.attacks import CASES, Case
 from scale import scaled
 
 ATTACKER = 9
