@@ -437,10 +437,15 @@ def test_xsa_155_a_request_that_changes_while_it_is_read(ram: Ram) -> None:
     assert child.stdout is not None
     try:
         child.stdout.readline()
-        for n in range(0, scaled(20_000) * 32, 32):
+        rounds = good_ones = 0
+        # most of what is seen is refused: our own answer in that slot, too
+        while rounds < scaled(20_000) or (good_ones < 100 and rounds < 50_000):
+            n = 32 * rounds & 0xFFFFFFFF
+            rounds += 1
             front.put_word(0, n + 1)  # slot 0, again and again
             (req,) = front.ring.take(1)
             if req.status == 0:
+                good_ones += 1
                 assert req.op in (READ, WRITE)
                 assert 0 < req.segments <= 11
                 assert req.want == sum(len(view) for view in req.iov())

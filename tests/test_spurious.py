@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 import test_channel
 from evtchnd import spurious
 from evtchnd.channel import Channel, Poller
-from test_channel import Served, until
+from test_channel import Served, eventfd, until
 
 channels = test_channel.channels
 polling = test_channel.polling
@@ -190,3 +191,26 @@ async def test_a_channel_without_a_ring_is_never_late(channels: Callable[..., Ch
     channel.drive(pump())
     await kick(channel, 100)
     assert steps == 100 and channel.spurious == 0
+
+
+async def test_xsa_331_441_no_kick_goes_to_who_has_the_number_next(
+    channels: Callable[..., Channel], poller: Poller
+) -> None:
+    """Somebody has a copy of a closed channel's eventfd, and another channel its number."""
+    first = channels(poller)
+    Served(first)
+    number, copy = first.kick_fd, os.dup(first.kick_fd)
+    first.close()
+    kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    if kick != number:
+        os.dup2(kick, number, inheritable=False)
+        os.close(kick)
+    with closing(Channel(number, eventfd(), name="domain 7: vbd 51728", poller=poller)) as second:
+        served = Served(second)
+        for _ in range(20):
+            os.eventfd_write(copy, 1)
+            await asyncio.sleep(0)
+        assert second.wakeups == 0
+        served.ring.put()
+        await until(lambda: served.taken == 1)
+    os.close(copy)
