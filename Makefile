@@ -1,6 +1,8 @@
 # make demo    a Xen domain does block I/O on an ext4 image, served by evtchnd (KEEP=1: leave it running)
 # make test    checks and every test, counts at a twentieth (EVTCHND_SCALE); test-full: all of them
 # make lab     the emulated machine with Xen-capable KVM that tests/lab runs in (once; root; two minutes, 0.7 GB)
+# make mutants the guards against hostile guests are taken away one by one: a test fails for each (ROWS="XSA-39": only these)
+# make fuzz    every parser gets bytes of chance, for FUZZ_S seconds (60) in all; what is found is kept in .cache/fuzz
 # make guest   a prompt of a real Xen guest in the lab, served by evtchnd (SUITE=bookworm: the older one; ^] or poweroff)
 # demo and test set up everything themselves: .venv, Python packages, and Debian packages where root and apt are there.
 SHELL := /bin/bash
@@ -9,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CORE := $(wildcard evtchnd/_core/*.py evtchnd/_core/*.pxd evtchnd/_core/*.h)
 
-.PHONY: demo test test-full test-unit lab guest check setup bench clean debian-demo debian-test
+.PHONY: demo test test-full test-unit lab guest check setup bench mutants fuzz clean debian-demo debian-test
 .DEFAULT_GOAL := test
 
 debian-demo:
@@ -56,6 +58,13 @@ lab: setup
 guest: setup
 	@$(BIN)/python tests/lab prepare
 	@$(BIN)/python tests/lab guest $(SUITE)
+
+mutants: setup
+	$(BIN)/python tests/mutants.py $(ROWS)
+
+fuzz: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz --seconds $(or $(FUZZ_S),60)
 
 bench: setup
 	$(BIN)/evtchnd-bench blk

@@ -130,6 +130,9 @@ async def serve(daemon: Any) -> None:
             method, args, kwargs = json.loads(line)
             if method == "attach_block":
                 args[1] = diskspec.parse(args[1])
+            if method == "tasks":
+                print(json.dumps({"result": len(asyncio.all_tasks())}), flush=True)
+                continue
             try:
                 answer = {"result": await getattr(daemon, method)(*args, **kwargs)}
             except EvtchndError as exc:

@@ -215,7 +215,7 @@ def bad_requests(front: Blkfront) -> dict[str, tuple[object, int]]:
 
 
 @pytest.mark.parametrize("abi", [64, 32])
-def test_a_bad_request_gets_one_answer_and_leaves_no_pin(ram: Ram, abi: int) -> None:
+def test_xsa_361_362_365_367_a_bad_request_gets_one_answer_and_leaves_no_pin(ram: Ram, abi: int) -> None:
     front = Blkfront(ram, abi=abi, sectors=1000)
     for reason, (ask, status) in bad_requests(front).items():
         ask()  # type: ignore[operator]
@@ -273,7 +273,7 @@ def test_reads_from_the_grants_frame_into_read_only_pages_never(ram: Ram) -> Non
 
 
 @pytest.mark.parametrize("jump", [33, 2**31, 2**32 - 1])
-def test_an_index_jump_is_fatal(ram: Ram, jump: int, image: int) -> None:
+def test_xsa_39_an_index_jump_is_fatal(ram: Ram, jump: int, image: int) -> None:
     front = Blkfront(ram, start=2**32 - 7)
     front.put_word(0, 2**32 - 7 + jump)
     assert front.ring.pending()
@@ -393,7 +393,7 @@ def test_arm_is_from_what_was_consumed(ram: Ram) -> None:
     front.close()
 
 
-def test_notify_only_when_the_guest_asks(ram: Ram) -> None:
+def test_xsa_391_403_notify_only_when_the_guest_asks(ram: Ram) -> None:
     front = Blkfront(ram)
     asked = []
     for event in (1, 1, 4, 4, 4, 9):
@@ -420,7 +420,7 @@ while os.getppid() == int(sys.argv[3]):
 """
 
 
-def test_a_request_that_changes_while_it_is_read(ram: Ram) -> None:
+def test_xsa_155_a_request_that_changes_while_it_is_read(ram: Ram) -> None:
     """XSA-155: count, sectors and grefs flip at full rate; what was validated is what is used."""
     front = Blkfront(ram, sectors=1000)
     front.data(0, 1)
@@ -437,10 +437,15 @@ def test_a_request_that_changes_while_it_is_read(ram: Ram) -> None:
     assert child.stdout is not None
     try:
         child.stdout.readline()
-        for n in range(0, scaled(20_000) * 32, 32):
+        rounds = good_ones = 0
+        # most of what is seen is refused: our own answer in that slot, too
+        while rounds < scaled(20_000) or (good_ones < 100 and rounds < 50_000):
+            n = 32 * rounds & 0xFFFFFFFF
+            rounds += 1
             front.put_word(0, n + 1)  # slot 0, again and again
             (req,) = front.ring.take(1)
             if req.status == 0:
+                good_ones += 1
                 assert req.op in (READ, WRITE)
                 assert 0 < req.segments <= 11
                 assert req.want == sum(len(view) for view in req.iov())

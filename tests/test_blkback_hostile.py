@@ -21,7 +21,7 @@ from scale import scaled
 from vbd import VBD, front, host, image, load
 
 
-async def test_connected_a_thousand_times(tmp_path: Path) -> None:
+async def test_xsa_350_connected_a_thousand_times(tmp_path: Path) -> None:
     """XSA-350: descriptors, pins, ports and tasks are back where they were after every connection."""
     file, content = image(tmp_path, 64 * 1024)
     async with host() as world:
@@ -170,7 +170,7 @@ async def test_another_domains_gref_and_a_frame_outside_ram(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("by", [33, 1 << 31, -1])
-async def test_an_index_jump_stops_that_device_and_no_other(
+async def test_xsa_39_an_index_jump_stops_that_device_and_no_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, by: int
 ) -> None:
     file, content = image(tmp_path)
@@ -214,7 +214,7 @@ async def test_an_index_jump_stops_that_device_and_no_other(
     assert file.read_bytes() == content
 
 
-async def test_requests_that_change_while_they_are_read(tmp_path: Path) -> None:
+async def test_xsa_155_requests_that_change_while_they_are_read(tmp_path: Path) -> None:
     """XSA-155: another vCPU rewrites the request all the time: each is answered once, nothing outside is touched."""
     file, content = image(tmp_path)
     half = len(content) // 2
@@ -261,7 +261,7 @@ async def test_requests_that_change_while_they_are_read(tmp_path: Path) -> None:
     assert file.read_bytes()[16384:half] == content[16384:half]
 
 
-async def test_grants_flip_while_they_are_pinned(tmp_path: Path) -> None:
+async def test_xsa_295_grants_flip_while_they_are_pinned(tmp_path: Path) -> None:
     """XSA-295: flags and domid change continuously; every request is answered, by data or by an error."""
     file, _ = image(tmp_path)
     async with host() as world:

@@ -622,7 +622,7 @@ async def test_another_file_in_the_place_of_the_kick_descriptor(channels: Callab
     assert served.done.cancelled()
 
 
-async def test_a_copy_of_the_kick_descriptor_does_not_keep_it_in_the_epoll(
+async def test_xsa_331_441_a_copy_of_the_kick_descriptor_does_not_keep_it_in_the_epoll(
     channels: Callable[..., Channel], polling: Callable[..., Poller]
 ) -> None:
     """The control plane has one of each: what is kicked after the end of a channel wakes nobody."""
@@ -712,7 +712,7 @@ async def test_a_kick_that_is_counted_is_not_lost(channels: Callable[..., Channe
         await until(lambda number=number: served.taken == number)
 
 
-async def test_one_that_closes_another_that_was_kicked_with_it(
+async def test_xsa_331_441_one_that_closes_another_that_was_kicked_with_it(
     channels: Callable[..., Channel], polling: Callable[..., Poller]
 ) -> None:
     poller = polling(max_us=0)
@@ -730,7 +730,7 @@ async def test_one_that_closes_another_that_was_kicked_with_it(
     assert second.pumps == 0
 
 
-def test_what_is_no_eventfd_is_refused() -> None:
+def test_vmm_what_is_no_eventfd_is_refused() -> None:
     good = eventfd()
     read, write = os.pipe()
     semaphore = os.eventfd(2, os.EFD_SEMAPHORE)
@@ -746,7 +746,7 @@ def test_what_is_no_eventfd_is_refused() -> None:
         os.close(fd)
 
 
-async def test_counters_at_their_ends_do_not_stall() -> None:
+async def test_vmm_counters_at_their_ends_do_not_stall() -> None:
     full = 2**64 - 2
     notify = os.eventfd(full & 0xFFFF_FFFF)  # blocking
     os.eventfd_write(notify, full - (full & 0xFFFF_FFFF))

@@ -85,7 +85,7 @@ def test_a_worker_that_dies_in_a_handshake(tmp_path: Path) -> None:
         front.disconnect()
 
 
-def test_a_domid_is_one_vmm_s(tmp_path: Path) -> None:
+def test_vmm_a_domid_is_one_vmm_s(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as daemon, Guest(daemon):
         before = daemon.descriptors()
         with pytest.raises(Refused, match=f"domain 7: registered already, by pid {os.getpid()}"):
@@ -101,7 +101,7 @@ def test_too_few_descriptors(tmp_path: Path) -> None:
         assert daemon.call("list") == []
 
 
-def test_connections_that_say_nothing(tmp_path: Path) -> None:
+def test_vmm_connections_that_say_nothing(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path, limits={"hello_s": 0.5, "pending_connections": 2}) as daemon:
         before = daemon.descriptors()
         silent = [transport.connect(daemon.vmm_socket) for _ in range(2)]
@@ -118,7 +118,7 @@ def test_connections_that_say_nothing(tmp_path: Path) -> None:
         assert "2 connections have not registered yet" in daemon.text()
 
 
-def test_a_vmm_that_does_not_answer(tmp_path: Path) -> None:
+def test_vmm_that_does_not_answer(tmp_path: Path) -> None:
     stuck = threading.Event()
 
     def on_bind(ports: list[tuple[int, int]]) -> list[int]:

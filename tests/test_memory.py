@@ -66,7 +66,7 @@ def test_no_descriptor_is_kept(fd: int) -> None:
     assert descriptors() == before
 
 
-def test_memory_is_sealed_and_kept_out_of_core_dumps(fd: int) -> None:
+def test_vmm_memory_is_sealed_and_kept_out_of_core_dumps(fd: int) -> None:
     with GuestMemory() as memory:
         memory.add(0, 0, 64, fd, 0)
         assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
@@ -94,7 +94,7 @@ def test_memory_is_sealed_and_kept_out_of_core_dumps(fd: int) -> None:
         ((5, 100, 1, 0), "there already"),
     ],
 )
-def test_a_bad_slot_is_refused_and_changes_nothing(fd: int, args: tuple[int, int, int, int], reason: str) -> None:
+def test_vmm_a_bad_slot_is_refused_and_changes_nothing(fd: int, args: tuple[int, int, int, int], reason: str) -> None:
     slot, gfn, pages, offset = args
     with GuestMemory() as memory:
         memory.add(5, 10, 10, fd, 0)
@@ -104,7 +104,7 @@ def test_a_bad_slot_is_refused_and_changes_nothing(fd: int, args: tuple[int, int
         memory.add(7, 20, 10, fd, 0)  # right behind it
 
 
-def test_wrong_descriptors_are_refused(tmp_path: Path) -> None:
+def test_vmm_wrong_descriptors_are_refused(tmp_path: Path) -> None:
     r, w = os.pipe()
     plain = os.open(tmp_path / "plain", os.O_RDWR | os.O_CREAT)
     os.ftruncate(plain, 4096)
@@ -167,7 +167,7 @@ def test_a_view_that_is_alive_is_told(fd: int) -> None:
     memory.close()
 
 
-def test_slots_are_bounded_and_unknown_ones_are_told(fd: int) -> None:
+def test_vmm_slots_are_bounded_and_unknown_ones_are_told(fd: int) -> None:
     with GuestMemory(max_slots=4) as memory:
         for slot in range(4):
             memory.add(slot, slot, 1, fd, 0)

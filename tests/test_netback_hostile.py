@@ -54,7 +54,7 @@ async def guest(here: World, body: Callable[[Netfront, Queue, socket.socket], No
         await here.host.guest(run)
 
 
-async def test_headers_split_at_every_byte() -> None:
+async def test_xsa_423_headers_split_at_every_byte() -> None:
     """XSA-423: the first part of 0 to 130 bytes, then parts of one byte, 2 to 19 slots in all."""
     async with world() as here:
         device = here.attach()
@@ -79,7 +79,7 @@ async def test_headers_split_at_every_byte() -> None:
         assert device.stats()["tx_packets"] == sent
 
 
-async def test_slots_of_no_bytes_anywhere() -> None:
+async def test_xsa_448_slots_of_no_bytes_anywhere() -> None:
     """XSA-448: first, in the middle, last, all but one; their grants are never looked at."""
     async with world() as here:
         here.attach()
@@ -111,7 +111,7 @@ async def test_slots_of_no_bytes_anywhere() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 60, 128, 3000])
-async def test_slots_after_the_head(size: int) -> None:
+async def test_xsa_432_slots_after_the_head(size: int) -> None:
     """18 are taken; 19 and 20 cost the packet, one answer a slot."""
     async with world() as here:
         device = here.attach(mtu=60000)
@@ -272,7 +272,7 @@ async def test_packets_that_lie_are_dropped() -> None:
         await guest(here, body)
 
 
-async def test_a_thread_rewrites_requests_and_headers_while_they_are_read() -> None:
+async def test_xsa_155_requests_and_headers_that_change_while_they_are_read() -> None:
     """XSA-155: what arrives is whole, of the old or the new bytes, or it is dropped; the vif and its pins stand."""
     async with world() as here:
         device = here.attach()
@@ -346,7 +346,7 @@ async def test_grants_of_receive_pages_that_are_none() -> None:
 
 
 @pytest.mark.parametrize("posted", [0, 1])
-async def test_a_guest_that_takes_nothing_is_flooded(posted: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_xsa_392_a_guest_that_takes_nothing_is_flooded(posted: int, caplog: pytest.LogCaptureFixture) -> None:
     """XSA-392: nothing piles up here; what is too old is dropped and counted, the carrier goes, and comes back."""
     async with world() as here:
         device = here.attach(drain_s=0.2, stall_s=0.6)
@@ -447,7 +447,7 @@ async def test_indices_near_their_end() -> None:
             await here.host.guest(run)
 
 
-async def test_connected_a_thousand_times() -> None:
+async def test_xsa_350_connected_a_thousand_times() -> None:
     """XSA-350: descriptors, pins, ports and tasks are back where they were after every connection."""
     async with world() as here:
         here.attach()

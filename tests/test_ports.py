@@ -485,7 +485,7 @@ def test_virqs(table: PortTable, effects: list[Delivery]) -> None:
 
 
 @pytest.mark.parametrize(("long_mode", "count"), [(True, 4095), (False, 1023)])
-def test_ports_run_out(long_mode: bool, count: int) -> None:
+def test_xsa_496_ports_run_out(long_mode: bool, count: int) -> None:
     table = PortTable(DOMID, vcpus=1, long_mode=long_mode)
     first = table.alloc_unbound(DOMID_SELF, DOMID_SELF)
     for _ in range(count - 1):

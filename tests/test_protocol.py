@@ -203,7 +203,7 @@ def test_refusals_say_why(why: str) -> None:
     assert caught.value.header is not None  # it can be answered
 
 
-def test_the_count_of_descriptors_is_the_headers() -> None:
+def test_vmm_the_count_of_descriptors_is_the_headers() -> None:
     with pytest.raises(WireError, match="2 descriptors came, the header says 0"):
         p.unpack(p.pack(p.Ping(), id=1), 2)
 

@@ -103,7 +103,7 @@ def test_every_entry_carries_its_bytes(sizes: tuple[int, int], pages: int) -> No
         assert front.responses(layout.entries) == [request[: sizes[1]] for request in requests]
 
 
-def test_the_rest_of_a_response_is_zero() -> None:
+def test_xsa_216_the_rest_of_a_response_is_zero() -> None:
     layout = RingLayout(112, 16, 2)
     pages = pages_of(2)
     front, back = FrontRing(pages, layout), BackRing(pages, layout)

@@ -289,7 +289,7 @@ def test_unmask_and_wrong_hypercalls(daemon: Daemon, vmm: SoftVmm) -> None:
     assert vmm.hypercall_evtchn(Evtchnop.INIT_CONTROL, bytes(32)) == (-errno.ENOSYS, b"")
 
 
-def test_reset_and_the_way_back(daemon: Daemon, vmm: SoftVmm) -> None:
+def test_xsa_342_343_344_reset_and_the_way_back(daemon: Daemon, vmm: SoftVmm) -> None:
     port = vmm.alloc_unbound(0)
     daemon.bind(port, CONSOLE_PORT)
     status = struct.pack("<H2xIII8x", DOMID_SELF, STORE_PORT, 0, 0)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 import test_channel
 from evtchnd import spurious
 from evtchnd.channel import Channel, Poller
-from test_channel import Served, until
+from test_channel import Served, eventfd, until
 
 channels = test_channel.channels
 polling = test_channel.polling
@@ -47,7 +48,7 @@ def test_a_domain_has_one_budget_however_many_channels_it_has() -> None:
         assert delays == sorted(delays) and delays[-1] <= spurious.LONGEST_OF_MANY_S
 
 
-async def test_a_storm_is_heard_late(
+async def test_xsa_332_a_storm_is_heard_late(
     channels: Callable[..., Channel], poller: Poller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spurious, "FIRST_S", HOUR)
@@ -130,10 +131,12 @@ async def test_late_channels_share_a_budget(
     assert shares[-1] == 9
 
 
-async def test_closed_while_it_is_not_heard(
+async def test_xsa_331_441_closed_while_it_is_not_heard(
     channels: Callable[..., Channel], poller: Poller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its descriptor's number is another channel's at once: that one is heard, and nobody else's timer ends it."""
+    """Its descriptor's number is another channel's at once: that one is heard, and nobody else's timer goes off."""
+    wrong: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
     monkeypatch.setattr(spurious, "delay_s", lambda *_: 0.01)
     for _ in range(20):
         storm = Served(channels(poller))
@@ -144,6 +147,7 @@ async def test_closed_while_it_is_not_heard(
         await until(lambda: other.taken == 1)  # noqa: B023
         other.channel.close()
     await asyncio.sleep(0.05)
+    assert wrong == []
 
 
 async def test_no_polling_while_a_ring_is_kicked_for_nothing(
@@ -187,3 +191,26 @@ async def test_a_channel_without_a_ring_is_never_late(channels: Callable[..., Ch
     channel.drive(pump())
     await kick(channel, 100)
     assert steps == 100 and channel.spurious == 0
+
+
+async def test_xsa_331_441_no_kick_goes_to_who_has_the_number_next(
+    channels: Callable[..., Channel], poller: Poller
+) -> None:
+    """Somebody has a copy of a closed channel's eventfd, and another channel its number."""
+    first = channels(poller)
+    Served(first)
+    number, copy = first.kick_fd, os.dup(first.kick_fd)
+    first.close()
+    kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    if kick != number:
+        os.dup2(kick, number, inheritable=False)
+        os.close(kick)
+    with closing(Channel(number, eventfd(), name="domain 7: vbd 51728", poller=poller)) as second:
+        served = Served(second)
+        for _ in range(20):
+            os.eventfd_write(copy, 1)
+            await asyncio.sleep(0)
+        assert second.wakeups == 0
+        served.ring.put()
+        await until(lambda: served.taken == 1)
+    os.close(copy)

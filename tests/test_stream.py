@@ -66,7 +66,7 @@ def test_both_ends_against_plain_queues(layout: StreamLayout, start: int, steps:
 
 
 @pytest.mark.parametrize("layout", [XENSTORE, CONSOLE])
-def test_an_impossible_index_kills_the_stream(layout: StreamLayout) -> None:
+def test_xsa_38_an_impossible_index_kills_the_stream(layout: StreamLayout) -> None:
     for jump in (layout.to_back.size + 1, 2**31, 2**32 - 1):
         page = bytearray(4096)
         back = ByteStream(page, layout)

@@ -69,7 +69,7 @@ def test_253_descriptors_and_not_one_more(pair: Pair, eventfds: list[int]) -> No
         transport.send(pair[0], b"x", [eventfds[0]] * 254)
 
 
-def test_a_message_that_is_too_long_is_taken_and_refused(pair: Pair, eventfds: list[int]) -> None:
+def test_vmm_a_message_that_is_too_long_is_taken_and_refused(pair: Pair, eventfds: list[int]) -> None:
     before = open_fds()
     head = p.HEADER.pack(p.MAGIC, 5, 0, 42, 65537, 4)
     transport.send(pair[0], head.ljust(65537, b"\0"), eventfds)
@@ -82,7 +82,7 @@ def test_a_message_that_is_too_long_is_taken_and_refused(pair: Pair, eventfds: l
     assert transport.recv(pair[1]) == (b"next", [])
 
 
-def test_descriptors_that_do_not_fit_are_all_closed(pair: Pair, eventfds: list[int]) -> None:
+def test_vmm_descriptors_that_do_not_fit_are_all_closed(pair: Pair, eventfds: list[int]) -> None:
     """At RLIMIT_NOFILE some of them arrive: MSG_CTRUNC."""
     transport.send(pair[0], p.pack(p.Ping(), id=3), eventfds)
     before = open_fds()

@@ -93,7 +93,7 @@ async def test_what_waits_is_sent_when_the_peer_reads_and_owns_its_descriptors()
     assert descriptors() == before
 
 
-async def test_a_peer_that_does_not_read_ends_the_link() -> None:
+async def test_vmm_that_does_not_read_ends_the_link() -> None:
     before = descriptors()
     ours, theirs = pair()
     a = End(ours, most=16)

@@ -164,7 +164,7 @@ async def test_failure_is_one_step() -> None:
         waiting.cancel()
 
 
-async def test_a_million_writes_are_one_look() -> None:
+async def test_xsa_349_a_million_writes_are_one_look() -> None:
     """XSA-349: what a frontend writes while nobody looks is not kept."""
     async with world() as (server, bus):
         assert await take(bus) is Step.ANNOUNCE
@@ -178,6 +178,21 @@ async def test_a_million_writes_are_one_look() -> None:
         await bus.switch(S.CONNECTED)
         server.write(f"{FRONT}/state", "5")
         assert await take(bus) is Step.CLOSE
+
+
+async def test_xsa_349_a_watch_that_nobody_reads_keeps_one_event() -> None:
+    """While its worker is busy elsewhere a frontend's writes cost one event a path."""
+    async with world() as (server, bus):
+        client = bus._store
+        async with client.watch(f"{FRONT}/state") as watch:
+            for index in range(1000):
+                server.write(f"{FRONT}/state", str(1 + index % 2))
+                await asyncio.sleep(0)
+            await client.get(f"{FRONT}/state")  # its reply comes after them
+            assert await anext(watch) == f"{FRONT}/state"
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await anext(watch)
 
 
 async def test_a_removed_device_stays_removed() -> None:

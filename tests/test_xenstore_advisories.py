@@ -92,6 +92,19 @@ def test_xsa_326_events_that_nobody_reads_are_bounded(store: XenStore, tool: Gue
     assert len(guest.events()) > 100
 
 
+def test_xsa_349_the_same_event_waits_once(store: XenStore, tool: Guest, guest: Guest) -> None:
+    """A path that is written again and again while its watcher does not read costs one event."""
+    tool.write("/local/domain/7/data/state")
+    guest.watch("data/state")
+    guest.events()
+    for number in range(scaled(1_000_000, least=2000)):
+        tool.write("/local/domain/7/data/state", str(number % 2))
+    assert guest.conn.out_bytes < 100
+    assert guest.events() == [("data/state", "t")]
+    tool.write("/local/domain/7/data/state", "1")
+    assert guest.events() == [("data/state", "t")]
+
+
 def test_xsa_330_resetting_watches_leaks_nothing(store: XenStore, guest: Guest) -> None:
     for _ in range(scaled(10_000, least=200)):
         guest.watch("data")

@@ -158,3 +158,12 @@ def test_a_node_without_a_parent_is_refused() -> None:
     data = m.header() + m.pack(m.Node(b"/a/b", b"", ((0, 0),))) + m.end()
     with pytest.raises(m.MigrationError, match="/a/b"):
         restore.from_stream(data)
+
+
+@pytest.mark.parametrize("path", [b"+a", b"a", b"/a//b", b"/a/", b"@other", b"/a b", b"/" + b"x" * 3072, b"\xd1\x90"])
+def test_a_node_whose_path_is_none_is_refused(path: bytes) -> None:
+    """It would be a node that no request finds, in nobody's walk of the tree (found by fuzzing)."""
+    above = [m.Node(b"/a", b"", ((0, 0),), 0, 0, 0)]
+    data = m.header() + b"".join(map(m.pack, [*above, m.Node(path, b"v", ((0, 0),), 0, 0, 0)])) + m.end()
+    with pytest.raises(m.MigrationError, match=r"this is no path of a node|without the one above"):
+        restore.from_stream(data)

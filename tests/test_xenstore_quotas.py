@@ -52,7 +52,9 @@ def test_quota_of_nodes(store: XenStore, tool: Guest, guest: Guest, caplog: pyte
     assert store.check() == []
 
 
-def test_two_transactions_do_not_slip_past_the_quota(store: XenStore, tool: Guest, guest: Guest) -> None:
+def test_xsa_414_415_421_two_transactions_do_not_slip_past_the_quota(
+    store: XenStore, tool: Guest, guest: Guest
+) -> None:
     store.set_quotas(7, Quotas(nodes=5))
     first, second = guest.start(), guest.start()
     for tx, name in ((first, "a"), (second, "b")):

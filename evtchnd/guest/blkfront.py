@@ -144,6 +144,12 @@ class Blkfront:
         for queue in self.queues:
             queue.release()
 
+    def forget(self) -> None:
+        """Lets go of the pages only, as a machine that stops: grants and ports stay as they are."""
+        self.connected = False
+        for queue in self.queues:
+            queue.forget()
+
     # ---- the first queue
 
     @property

@@ -110,9 +110,12 @@ class Slot:
             return bytes(self.views[0][at : at + size])
         return b"".join(self.views[: self.pages])[at : at + size]
 
-    def release(self, domain: Domain) -> None:
+    def forget(self) -> None:
         for view in (*self.views, *self.tables):
             view.release()
+
+    def release(self, domain: Domain) -> None:
+        self.forget()
         for gref in (*self.grefs, *self.table_grefs):
             domain.end_grant(gref)
         domain.free(self.gfn, len(self.views))
@@ -172,15 +175,22 @@ class Queue:
         for slot in self._slots:
             slot.release(self.domain)
         self._slots = []
+        self.forget()
+        for gref in self.ring_grefs:
+            self.domain.end_grant(gref)
+        self.domain.free(self.ring_gfn, self._ring_pages)
+        self.domain.vm.close_port(self.port)
+
+    def forget(self) -> None:
+        """Lets go of the pages, and of nothing else."""
+        for slot in self._slots:
+            slot.forget()
+        self._slots = []
         self._idle = []
         self._open = {}
         self.ring.close()
         for view in self._ring_views:
             view.release()
-        for gref in self.ring_grefs:
-            self.domain.end_grant(gref)
-        self.domain.free(self.ring_gfn, self._ring_pages)
-        self.domain.vm.close_port(self.port)
 
     # ---- requests at depth
 

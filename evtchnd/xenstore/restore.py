@@ -15,7 +15,7 @@ from .log import Log
 from .migration import MigrationError
 from .quota import NAMES, Connection, Quotas
 from .recorder import Own, Recorder, by_name
-from .store import XenStore
+from .store import INTRODUCED, RELEASED, XenStore
 from .tree import Node, PMap, Tree
 from .watches import Watch
 
@@ -197,10 +197,11 @@ def _named(quotas: Quotas, by: dict[str, int]) -> Quotas:
 
 
 def _tree(nodes: dict[bytes, tuple[bytes, Perms, int]], store: XenStore) -> Tree:
-    """All nodes at once; siblings in the order of the records. MigrationError: a parent is missing."""
+    """All nodes at once; siblings in the order of the records. MigrationError: a parent is missing, a path is none."""
     made = {path: (node.value, node.perms, 0) for path, node in store.tree.items()} | nodes
     children: dict[bytes, dict[bytes, int]] = {}
     for path, (_, _, order) in made.items():
+        _check_path(path)
         if path[:1] != b"@" and path != b"/":
             above = wire.parent_of(path)
             if above not in made:
@@ -209,6 +210,17 @@ def _tree(nodes: dict[bytes, tuple[bytes, Perms, int]], store: XenStore) -> Tree
     generation = store.tick()
     below = {path: PMap.of(names) for path, names in children.items()}
     return Tree.of({path: Node(value, perms, below.get(path), generation) for path, (value, perms, _) in made.items()})
+
+
+def _check_path(path: bytes) -> None:
+    """MigrationError: no request could have made a node of this name, so that none would find it either."""
+    try:
+        if path[:1] == b"/" or path in (INTRODUCED, RELEASED):
+            wire.canonical(path, b"", special=True)
+            return
+    except wire.XenStoreError:
+        pass
+    raise MigrationError(f"node {wire.decode(path)!r}: this is no path of a node")
 
 
 def _connection(store: XenStore, ring: _Ring) -> Connection:
