@@ -64,7 +64,7 @@ def test_the_next_worker_goes_on(tmp_path: Path, how: str, line: str) -> None:
             assert daemon.worker(7) not in (0, worker)
             info = daemon.call("info", 7)
             assert info["worker"]["restarts"] == 1 and info["worker"]["failing"] == ""
-            assert info["domain"]["state"] == "running" if "domain" in info else info["state"] == "running"
+            assert info["state"] == "running"
             text = daemon.text()
             assert f"domain 7: worker {worker} {line}" in text
             if "defect" in line:  # whose it is, and where
