@@ -30,11 +30,12 @@ from evtchnd.guest.netfront import Netfront
 from evtchnd.guest.xenstore import XenStore
 from evtchnd.vmm.soft import MiB, SoftVmm
 from evtchnd.xenstore.client import Client
-from hostnetwork import answering
+from hostnetwork import answering, namespace
 from keptdaemon import ROOT, KeptDaemon, until
 from scale import scaled
 from slowdisk import slow_disk, why_not
 from test_network import GUEST, bridged
+from test_network_passed import BYTES, HOST, queues
 
 BLOCKS = 256
 DEVID = 51712
@@ -156,6 +157,7 @@ def test_what_was_changed_meanwhile_is_kept(daemon: KeptDaemon) -> None:
     until(lambda: daemon.ctl("list") != [])
     assert [each["vdev"] for each in daemon.ctl("info", "7")["devices"]] == ["xvda", "xvdc"]
     assert guest.store.get_perms("device/vbd/51712")[0] == "n7"
+    assert guest.store.read("console/tty") == daemon.ctl("info", "7")["consoles"][0]["tty"]
     guest.close()
 
 
@@ -380,10 +382,9 @@ def test_a_guest_s_network_goes_on(daemon: KeptDaemon, number: signal.Signals) -
             far.ping(GUEST, 5)
             link = here.link("vif7.0").split(":")[0]
             daemon.ctl("network-set", "7", "0", "--rate", "unlimited")
-            for _ in range(scaled(60, least=3)):
-                resumed = vm.resumed
+            for count in range(scaled(60, least=3)):
                 daemon.restart(number)
-                until(lambda resumed=resumed: vm.resumed > resumed)  # type: ignore[misc]
+                until(lambda count=count: daemon.text().count("vif 0: attached again") > count)  # type: ignore[misc]
                 far.ping(GUEST, 10)
             assert here.link("vif7.0").split(":")[0] == link  # its number: the same TAP
             (vif,) = daemon.ctl("network-list", "7")
@@ -401,3 +402,32 @@ def test_a_guest_s_network_goes_on(daemon: KeptDaemon, number: signal.Signals) -
         store.close()
         domain.close()
         vm.close()
+
+
+def test_a_tap_that_a_vmm_passes_is_passed_again(daemon: KeptDaemon) -> None:
+    if os.geteuid():
+        pytest.skip("needs root")
+    with namespace() as there, queues(there, "tap0", 2) as fds:
+        there.netns.up("tap0", f"{HOST}/24")
+        vm = SoftVmm(daemon.vmm_socket, 7, memory=32 * MiB, come_back=True)
+        domain = Domain(vm)
+        store = XenStore(domain)
+        vm.vif(3, BYTES, fds)
+        card = Netfront(domain, store, 3, queues=2)
+        card.connect()
+        with answering(card):
+            there.ping(GUEST, 5)
+            for count in (1, 2):
+                daemon.restart()
+                until(lambda count=count: daemon.text().count("vif 3: attached again") == count)  # type: ignore[misc]
+                there.ping(GUEST, 5)
+            # one that does not come again has ended
+            vm._vifs.clear()
+            daemon.restart()
+            until(lambda: "vif 3: its VMM has not passed it again: removed" in daemon.text())
+            until(lambda: daemon.ctl("list") != [])
+            assert daemon.ctl("network-list", "7") == []
+        store.close()
+        domain.close()
+        vm._come_back = False
+        vm._link.close()

@@ -101,6 +101,8 @@ class Domain:
             kept=self._kept,
             note=self.note,
         )
+        if left is not None:
+            self.vifs.expect(left.vifs)
         self.supervisor = Supervisor(self, workers, config)
         self._config = config
         self._images = images
