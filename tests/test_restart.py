@@ -28,8 +28,9 @@ from evtchnd.guest.checkedload import BLOCK, CheckedLoad
 from evtchnd.guest.domain import Domain
 from evtchnd.guest.netfront import Netfront
 from evtchnd.guest.xenstore import XenStore
+from evtchnd.vmm.client import Client
 from evtchnd.vmm.soft import MiB, SoftVmm
-from evtchnd.xenstore.client import Client
+from evtchnd.xenstore import client as xenstore
 from hostnetwork import answering, namespace
 from keptdaemon import ROOT, KeptDaemon, until
 from scale import scaled
@@ -163,7 +164,7 @@ def test_what_was_changed_meanwhile_is_kept(daemon: KeptDaemon) -> None:
 
 async def releases(daemon: KeptDaemon) -> int:
     """How often @releaseDomain fires until domain 7 is gone, and a while longer."""
-    store = await Client.connect(str(daemon.folder / "xenstored.sock"))
+    store = await xenstore.Client.connect(str(daemon.folder / "xenstored.sock"))
     count = -1  # each watch fires once at its start
     async with store.watch("@releaseDomain") as watch:
         with contextlib.suppress(TimeoutError):
@@ -431,3 +432,26 @@ def test_a_tap_that_a_vmm_passes_is_passed_again(daemon: KeptDaemon) -> None:
         domain.close()
         vm._come_back = False
         vm._link.close()
+
+
+def test_a_vmm_that_goes_between_resume_and_start_may_come_again(daemon: KeptDaemon) -> None:
+    before = daemon.held()
+    guest = Guest(daemon, 7)
+    guest.load.start()
+    guest.run()
+    for way in ("close", "release"):
+        daemon.kill(signal.SIGSTOP)
+        guest.die()
+        daemon.restart()
+        client = Client(daemon.vmm_socket, on_bind=lambda _: [], on_unbind=lambda _: None)
+        client.resume(7, name="guest7")
+        if way == "release":  # its guest has ended: nothing of it is waited for any more
+            client.release()
+            client.close()
+            until(lambda: daemon.held() == before, "not all was let go")
+            break
+        client.close()
+        until(lambda: "connection ended" in daemon.text() or "its VMM has gone" in daemon.text())
+        guest.vm._come_back = True
+        guest.vm.resume()
+        guest.run()
