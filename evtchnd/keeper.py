@@ -70,7 +70,7 @@ class Keeper:
                     select.select([wake], [], [], _PAUSE_S)
         finally:
             for _, fd in self._held:
-                os.close(fd)
+                _close(fd)
             self._sock.close()
             self._path.unlink(missing_ok=True)
 
@@ -150,7 +150,12 @@ class Keeper:
         elif said.get("FDSTOREREMOVE") == "1":
             for each, fd in self._held:
                 if each == name:
-                    os.close(fd)
+                    _close(fd)
             self._held = [(each, fd) for each, fd in self._held if each != name]
         for fd in fds:
-            os.close(fd)
+            _close(fd)
+
+
+def _close(fd: int) -> None:
+    with suppress(OSError):  # a file of a share that has gone says so when it is closed, and is closed
+        os.close(fd)
