@@ -39,10 +39,13 @@ _URING_ENTRIES = 256
 
 
 class Worker:
-    """Serves `sock` until its other end closes. `backends`: the coroutine of each kind of device."""
+    """Serves `sock` until its other end closes. `backends`: the coroutine of each kind of device; `alone`: it has a
+    process of its own, which ends with its control plane."""
 
-    def __init__(self, sock: socket.socket, backends: Mapping[str, Backend]) -> None:
+    def __init__(self, sock: socket.socket, backends: Mapping[str, Backend], *, alone: bool = False) -> None:
         self._sock = sock
+        self._alone = alone
+        self._told = False  # to end
         self._backends = backends
         self._ids = itertools.count(1)
         self._binds: dict[int, asyncio.Future[list[int]]] = {}
@@ -76,6 +79,8 @@ class Worker:
     # -- messages
 
     def _closed(self, reason: str) -> None:
+        if self._alone and not self._told and not reason:
+            os._exit(0)
         if reason:
             log.error("worker: control plane: %s", reason)
         if not self._over.done():
@@ -105,6 +110,8 @@ class Worker:
                 self._answer(message.id, lambda: self._client(message, fds), fds)
             case m.Capture():
                 self._answer(message.id, lambda: self._capture(message, fds), fds)
+            case m.End():
+                self._told = True
             case m.Detach():
                 self._spawn(self._detach(message), message.id)
             case m.Resize():

@@ -14,7 +14,7 @@ BACKENDS: dict[str, Backend] = {"vbd": blkback.run, "console": console.run, "vif
 
 def serve(sock: socket.socket) -> None:
     """Serves the control plane's `sock` until it closes."""
-    uvloop.run(Worker(sock, BACKENDS).run())
+    uvloop.run(Worker(sock, BACKENDS, alone=True).run())
 
 
 async def serve_here(sock: socket.socket) -> None:
