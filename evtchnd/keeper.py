@@ -65,12 +65,12 @@ class Keeper:
                 began = time.monotonic()
                 status = self._life(wake)
                 if self._over or status == os.EX_CONFIG:
-                    return status
+                    return max(status, 0)  # one that we ended before it could do so in order has not failed
                 if time.monotonic() - began < _SHORT_S:
                     select.select([wake], [], [], _PAUSE_S)
         finally:
             for _, fd in self._held:
-                os.close(fd)
+                _close(fd)
             self._sock.close()
             self._path.unlink(missing_ok=True)
 
@@ -81,7 +81,7 @@ class Keeper:
                 os.kill(self._pid, number)
 
     def _life(self, wake: int) -> int:
-        """One daemon, from its start to its end; its exit status, 1 where a signal ended it."""
+        """One daemon, from its start to its end; its exit status, below 0 where a signal ended it."""
         pid = self._start()
         pidfd = os.pidfd_open(pid)
         self._pid = pid
@@ -101,7 +101,7 @@ class Keeper:
         finally:
             self._pid = 0
             os.close(pidfd)
-        return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), -1) % 256
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def _start(self) -> int:
         pid = os.fork()
@@ -150,7 +150,12 @@ class Keeper:
         elif said.get("FDSTOREREMOVE") == "1":
             for each, fd in self._held:
                 if each == name:
-                    os.close(fd)
+                    _close(fd)
             self._held = [(each, fd) for each, fd in self._held if each != name]
         for fd in fds:
-            os.close(fd)
+            _close(fd)
+
+
+def _close(fd: int) -> None:
+    with suppress(OSError):  # a file of a share that has gone says so when it is closed, and is closed
+        os.close(fd)

@@ -101,6 +101,8 @@ class Domain:
             kept=self._kept,
             note=self.note,
         )
+        if left is not None:
+            self.vifs.expect(left.vifs)
         self.supervisor = Supervisor(self, workers, config)
         self._config = config
         self._images = images
@@ -381,7 +383,10 @@ class Domain:
 
     def give_up(self) -> None:
         """Its guest has ended: it waits for no RESUME any more."""
-        self.resumed, self.left = False, None
+        left, self.left = self.left, None
+        self.resumed = False
+        if left is not None:
+            left.close_vifs()
 
     async def end(self) -> None:
         """Ends worker, ring and nodes, and closes every descriptor; but what waits for a RESUME stays, in `left`, too.

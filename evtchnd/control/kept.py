@@ -122,15 +122,19 @@ class Left:
         disks, self.disks = list(self.disks.values()), {}
         for disk in disks:
             transport.close_all(disk.close())
-        vifs, self.vifs = list(self.vifs.values()), {}
-        for vif in vifs:
-            transport.close_all([vif.answers, *vif.taps])
+        self.close_vifs()
         state, self.state = self.state, None
         if state is not None:
             state.close()
             os.close(state.fd)
         transport.close_all(self._fds.values())
         self._fds = {}
+
+    def close_vifs(self) -> None:
+        """Those that nobody has taken out."""
+        vifs, self.vifs = list(self.vifs.values()), {}
+        for vif in vifs:
+            transport.close_all([vif.answers, *vif.taps])
 
 
 class LeftVif:

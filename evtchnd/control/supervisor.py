@@ -358,6 +358,7 @@ class Supervisor:
     async def _finish(self, worker: _Worker) -> None:
         """Ends a worker if it has not ended, and lets go of it."""
         if worker.link is not None:
+            worker.send(m.End())
             worker.link.close()
         _settle(worker.unlinked, "")
         if worker.process is not None:

@@ -280,17 +280,19 @@ class Vifs:
         if vif.key in self.by_key and self._supervisor is not None:
             self._spawn(again())
 
+    def expect(self, left: dict[int, LeftVif]) -> None:
+        """Those that were left and that the VMM passes again, taken."""
+        for devid in [devid for devid, each in left.items() if each.said.passed]:
+            self._left[devid] = left.pop(devid)
+
     async def resume(self, left: dict[int, LeftVif]) -> None:
-        """Those that were left, taken; before `start`. Those that the VMM passes wait for it."""
+        """The others that were left, taken; before `start`."""
         for devid, each in sorted(left.items()):
-            if not each.said.passed:
-                try:
-                    vif = await self._reopen(each)
-                    self.by_key[vif.key] = vif
-                except OperatorError as exc:
-                    log.error("%s: vif %d: not resumed: %s", self._label, devid, exc)
-            else:
-                self._left[devid] = each
+            try:
+                vif = await self._reopen(each)
+                self.by_key[vif.key] = vif
+            except OperatorError as exc:
+                log.error("%s: vif %d: not resumed: %s", self._label, devid, exc)
         left.clear()
 
     async def give_back(self, left: dict[int, LeftVif]) -> None:

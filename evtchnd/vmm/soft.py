@@ -16,7 +16,7 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from evtchnd.abi import (
@@ -85,6 +85,7 @@ class SoftVmm:
         self._come_back = come_back
         self.resumed = 0
         self._disks: list[tuple[int, str, int]] = []
+        self._vifs: list[tuple[int, bytes, Sequence[int]]] = []
         self.channels = self._new_channels()
         self._ports, self._guest, self._lock = self.channels.ports, self.channels.turn, self.channels.lock
         self._link = DaemonLink(socket_path, self.channels, self._introduce, timeout=timeout, lost=self._lost)
@@ -192,6 +193,11 @@ class SoftVmm:
         self.client.disk(devid, vdev, fd)
         self._disks.append((devid, vdev, fd))
 
+    def vif(self, devid: int, mac: bytes, fds: Sequence[int]) -> None:
+        """The same of a TAP's queues."""
+        self.client.vif(devid, mac, fds)
+        self._vifs.append((devid, mac, fds))
+
     @property
     def client(self) -> Client:
         """The connection, for messages that have no method here (disks, slots). HostError when there is none."""
@@ -253,6 +259,8 @@ class SoftVmm:
             client.console(CONSOLE_PORT, CONSOLE_GFN)
         for devid, vdev, fd in self._disks:
             client.disk(devid, vdev, fd)
+        for devid, mac, fds in self._vifs:
+            client.vif(devid, mac, fds)
         client.start()
 
     def _lost(self) -> None:

@@ -41,15 +41,23 @@ _URING_ENTRIES = 256
 class Worker:
     """Serves `sock` until its other end closes. `backends`: the coroutine of each kind of device.
 
+    alone: it has a process of its own, which ends with its control plane.
     die: ends this process, without a return, after a defect: what is in memory cannot be believed then, and the rings
     and journals can; another worker goes on from them. None: it cannot (another domain is served here, too), and the
     device alone is off.
     """
 
     def __init__(
-        self, sock: socket.socket, backends: Mapping[str, Backend], *, die: Callable[[], None] | None = None
+        self,
+        sock: socket.socket,
+        backends: Mapping[str, Backend],
+        *,
+        alone: bool = False,
+        die: Callable[[], None] | None = None,
     ) -> None:
         self._sock = sock
+        self._alone = alone
+        self._told = False  # to end
         self._backends = backends
         self._die = die
         self._ids = itertools.count(1)
@@ -104,6 +112,8 @@ class Worker:
     # -- messages
 
     def _closed(self, reason: str) -> None:
+        if self._alone and not self._told and not reason:
+            os._exit(0)
         if reason:
             log.error("worker: control plane: %s", reason)
         if not self._over.done():
@@ -134,6 +144,8 @@ class Worker:
                 self._answer(message.id, lambda: self._client(message, fds), fds)
             case m.Capture():
                 self._answer(message.id, lambda: self._capture(message, fds), fds)
+            case m.End():
+                self._told = True
             case m.Detach():
                 self._spawn(self._detach(message), message.id)
             case m.Resize():

@@ -22,7 +22,7 @@ def serve(sock: socket.socket, *, sandboxed: bool) -> None:
         if sandboxed:
             # the loop has its descriptors, and nothing of the control plane has been read
             sandbox.enter()
-        await Worker(sock, BACKENDS, die=_die).run()
+        await Worker(sock, BACKENDS, alone=True, die=_die).run()
 
     # not uvloop.run(): each run of a loop begins with a socketpair, and it would run once more to clean up; this
     # process ends instead
