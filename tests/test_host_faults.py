@@ -24,6 +24,7 @@ from daemonprocess import DaemonProcess, until
 from evtchnd.blkif import Op, Status
 from evtchnd.guest.blkfront import Blkfront
 from evtchnd.guest.domain import GuestFault
+from evtchnd_backends.geometry import is_local, length
 from faultyfs import FSYNC, GETATTR, READ, WRITE, FaultyFs
 from test_control_daemon import Guest
 
@@ -192,6 +193,19 @@ def test_a_storage_that_hangs_holds_up_its_disk_alone(daemon: DaemonProcess, tmp
             assert fs.data[262144:266240] == PAGE
         works(bad, lambda: bytes(fs.data))
         theirs.disconnect()
+
+
+@needs_fuse
+def test_which_file_systems_may_be_waited_for(tmp_path: Path) -> None:
+    """Inline writes are for those that answer from this host; a length is known of the others, too, without asking."""
+    path = image(tmp_path)
+    with faulty(tmp_path) as fs, path.open("rb") as here, fs.image.open("rb") as there:
+        assert is_local(here.fileno())
+        assert not is_local(there.fileno())
+        fs.held.add(GETATTR)
+        assert length(here.fileno()) == length(there.fileno()) == (MIB, 1)
+        path.unlink()
+        assert length(here.fileno()) == (MIB, 0)
 
 
 @needs_fuse
