@@ -42,16 +42,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from evtchnd._core.channel import (
-    MOST_IN_VAIN,
-    MOST_KICKED,
-    MOST_SKIPPED,
-    SLICE_NS,
-    WAKE_NS,
-    Channel,
-    Poller,
-    check_eventfd,
-)
+from evtchnd._core.channel import Channel, check_eventfd
+from evtchnd._core.poller import MOST_IN_VAIN, MOST_KICKED, MOST_SKIPPED, SLICE_NS, WAKE_NS, Poller
 
 __all__ = [
     "MOST_IN_VAIN",

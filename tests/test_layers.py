@@ -41,7 +41,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("base", "core._core.words", "core._core.nodes"),
     ),
     "xenstore": (("xenstore",), ("base", "core", "store", "channel")),
-    "channel": (("channel", "_core.channel"), ("base", "core")),
+    "channel": (("channel", "_core.channel", "_core.poller"), ("base", "core")),
     "xenbus": (("xenbus",), ("base", "store", "xenstore")),
     "worker": (("worker",), ("base", "core", "wire", "store", "xenstore", "channel", "xenbus", "config")),
     "config": (("control.config",), ("base",)),

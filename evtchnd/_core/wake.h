@@ -1,4 +1,4 @@
-/* System calls of channel.py: values, or -errno. */
+/* System calls of channel.py and poller.py: values, or -errno. */
 #ifndef EVTCHND_WAKE_H
 #define EVTCHND_WAKE_H
 #include <errno.h>
