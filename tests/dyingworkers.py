@@ -1,6 +1,7 @@
 """Imported by a daemon before its zygote forks: a worker dies at a write to DEADLY, in the way that a file says.
 
 The file `deaths` in the image's folder has lines "how": each death takes one; with none left the write is served.
+A worker in its sandbox cannot read that file: such a daemon has `sandbox=False`.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ ALL = b"a" * 4096 + b"b" * 4096 + b"c" * 4096
 def test_the_next_worker_goes_on(tmp_path: Path, how: str, line: str) -> None:
     path = image(tmp_path)
     (tmp_path / "deaths").write_text(how)
-    with DaemonProcess(tmp_path, broken="dyingworkers") as daemon:
+    with DaemonProcess(tmp_path, broken="dyingworkers", sandbox=False) as daemon:
         before = daemon.descriptors()
         with Guest(daemon) as guest:
             front = guest.connect(daemon.attach(7, path))
@@ -81,7 +81,7 @@ def test_workers_that_die_one_after_the_other(tmp_path: Path) -> None:
     path = image(tmp_path)
     (tmp_path / "deaths").write_text("defect SIGKILL MemoryError SIGBUS SIGKILL")
     limits = {"worker_deaths": 3, "restart_pause_s": 0.1, "restart_pause_max_s": 1.0}
-    with DaemonProcess(tmp_path, broken="dyingworkers", limits=limits) as daemon, Guest(daemon) as guest:
+    with DaemonProcess(tmp_path, broken="dyingworkers", sandbox=False, limits=limits) as daemon, Guest(daemon) as guest:
         front = guest.connect(daemon.attach(7, path))
         guests = Writing(front)
         guests.start()
