@@ -404,7 +404,7 @@ def test_a_worker_without_memory(tmp_path: Path) -> None:
         assert len(failed) == 1
         more.release()
         works(front, path.read_bytes)
-        assert daemon.call("info", 7)["worker"] == {"pid": worker, "restarts": 0}
+        assert daemon.call("info", 7)["worker"] == {"pid": worker, "restarts": 0, "failing": ""}
         theirs.disconnect()
         front.disconnect()
 

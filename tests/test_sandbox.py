@@ -191,7 +191,7 @@ def test_what_a_worker_tries_in_vain(tmp_path: Path) -> None:
             front.write(8, bytes(4096))
             front.flush()
             assert path.read_bytes()[4096:8192] == bytes(4096)
-            assert daemon.call("info", 7)["worker"] == {"pid": worker, "restarts": 0}
+            assert daemon.call("info", 7)["worker"] == {"pid": worker, "restarts": 0, "failing": ""}
         tried = dict(re.findall(r"tried (.*): (\w+)", daemon.text()))
     assert tried.pop("thread") == "done"
     assert tried.pop("clone3") == "ENOSYS"

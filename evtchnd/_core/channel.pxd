@@ -10,7 +10,6 @@ cdef class _Kick:
     cdef tuple _once
 
 
-@cython.final
 cdef class Channel:
     cdef readonly int kick_fd
     cdef readonly int notify_fd

@@ -103,7 +103,7 @@ class Pump:
             connected=None,
             bind=self._bind,
             unbind=lambda ports: None,
-            report=lambda params: None,
+            report=_reported,
             uring=uring,
             completions=completions,
             disk_fd=guest.image,
@@ -139,6 +139,9 @@ class Watched(Device):
     async def bind(self, ports: Sequence[int]) -> list[Channel]:
         """As a Device's."""
         return [Notifying(kick, notify, name=self.name, poller=self.poller) for kick, notify in await self._bind(ports)]
+
+
+async def _reported(_params: object) -> None: ...
 
 
 class Notifying(Channel):

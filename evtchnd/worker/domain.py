@@ -424,6 +424,8 @@ class Worker:
         """The backend's coroutine is over, whoever ended it."""
         device = running.device
         error = None if running.task.cancelled() else running.task.exception()
+        if isinstance(error, ConnectionError) and self._alone:
+            os._exit(0)  # XenStore is the control plane's: that one has died, or starts another worker
         if error is not None and not isinstance(error, EvtchndError):
             self._defect(device.name, error)
         if self._devices.get(device.key) is running:
