@@ -111,6 +111,8 @@ def test_xsa_330_resetting_watches_leaks_nothing(store: XenStore, guest: Guest) 
         guest.start()
         assert guest.ask(Op.RESET_WATCHES) == OK
     assert (len(store.watches), guest.conn.watches, guest.conn.transactions) == (0, {}, {})
+    assert guest.conn.watch_bytes == 0
+    assert store.check() == []
 
 
 def test_xsa_352_353_nodes_are_not_given_away(tool: Guest, guest: Guest) -> None:

@@ -1,8 +1,11 @@
-"""What a hostile guest costs its neighbour: the neighbour's load alone and attacked, turn by turn, for each attack.
+"""What a hostile guest costs its neighbour: the neighbour's load beside one that computes, and attacked, turn by turn.
 
 The neighbour's guest (this process) and its worker share a CPU, the attacker and its worker another, and the control
 plane is free to go where there is room: what is shared is the control plane, XenStore, the kernel and its memory, which
 is what an attack could reach through. Where there is but one CPU, the scheduler's share is measured, too.
+
+"Alone" is beside a guest that keeps its own CPU busy and does nothing else: two CPUs are often two threads of one core,
+and beside an idle one the neighbour would be faster by what no daemon can give it.
 
 The load is of the data plane: 4 KiB reads and writes at depth 4, every answer compared. Beside it the neighbour asks
 XenStore one thing after another, in readings of its own.
