@@ -43,11 +43,11 @@ from test_soft import (  # noqa: F401  (they run here too, on a KVM domain)
     test_loopback_and_ipis_need_no_daemon,
     test_rebinds_over_the_socket_end_with_the_same_descriptors,
     test_reboot_begins_anew,
-    test_reset_and_the_way_back,
     test_resume_sends_everything_again,
     test_resume_waits_for_the_daemon,
     test_the_guest_from_several_threads,
     test_unmask_and_wrong_hypercalls,
+    test_xsa_342_343_344_reset_and_the_way_back,
     vmm,
 )
 

@@ -184,6 +184,14 @@ def test_xsa_484_every_operation_in_every_state_of_a_transaction(store: XenStore
                 client.ask(Op.RESET_WATCHES)
                 assert client.conn.transactions == {}
                 assert store.check() == []
+        # one that is over, was never begun, or is none at all, is no way to the public tree
+        over = client.start()
+        assert client.end(over) == OK
+        for tx in (over, 12345):
+            assert client.write("/local/domain/7/data/through", "x", tx) == "ENOENT"
+            assert client.end(tx) == "ENOENT"
+        assert client.end(0) == "ENOENT"
+        assert store.tree.get(b"/local/domain/7/data/through") is None
 
 
 def test_a_domid_that_is_only_named_is_not_kept(store: XenStore, tool: Guest) -> None:

@@ -40,6 +40,7 @@ ATTACKER = 9
 DISKS, QUEUES = 16, 7
 PAGES = 1024
 STORE_READS = 200
+WARM_S = 0.3
 END_S = 60.0
 # Not isolated: beyond one of these (issue's own limits, for the data plane).
 MOST_P99, LEAST_RATE = 2.0, 0.9
@@ -84,8 +85,10 @@ def run(
         stack.enter_context(_own_cpu(worker, daemon.pid))
         load = Load(disk, store, content, dice)
         for name in chosen:  # what is there once and for all is there now
-            with Attack(daemon.runtime, name):
-                load.leg(0.05)
+            with Attack(daemon.runtime, name) as attack:
+                attack.go(on=True)
+                load.leg(WARM_S)
+                attack.go(on=False)
         _settle(daemon)
         held = [_held(pid) for pid in (daemon.pid, worker)]
         for name in chosen:
