@@ -71,7 +71,7 @@ def test_survivors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"text": "no such text"}, r"has its text 0 times"),
         ({"text": "doublings"}, r"has its text \d times"),
-        ({"replacement": "(("}, r"pytest ended with 2"),  # no test can be collected then: not killed
+        ({"replacement": "(("}, r"pytest ended with [24]"),  # no test can be collected then: not killed
         ({"test": "tests/test_spurious.py::test_that_is_not"}, r"pytest ended with 4"),
     ],
     ids=["gone", "twice", "no Python", "no test"],
