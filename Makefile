@@ -63,7 +63,7 @@ mutants: setup
 	$(BIN)/python tests/mutants.py $(ROWS)
 
 fuzz: setup
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3.0'
 	$(BIN)/python tests/fuzz --seconds $(or $(FUZZ_S),60)
 
 bench: setup

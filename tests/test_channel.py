@@ -756,6 +756,7 @@ async def test_vmm_counters_at_their_ends_do_not_stall() -> None:
     served = Served(channel)
     await until(lambda: served.pumps == 1)
     assert channel.kicks == full
+    assert not os.get_blocking(notify)
     channel.notify()
     assert channel.notifications == 1
     assert os.eventfd_read(notify) == full

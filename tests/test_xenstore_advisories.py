@@ -111,6 +111,8 @@ def test_xsa_330_resetting_watches_leaks_nothing(store: XenStore, guest: Guest) 
         guest.start()
         assert guest.ask(Op.RESET_WATCHES) == OK
     assert (len(store.watches), guest.conn.watches, guest.conn.transactions) == (0, {}, {})
+    assert guest.conn.watch_bytes == 0
+    assert store.check() == []
 
 
 def test_xsa_352_353_nodes_are_not_given_away(tool: Guest, guest: Guest) -> None:
@@ -182,6 +184,14 @@ def test_xsa_484_every_operation_in_every_state_of_a_transaction(store: XenStore
                 client.ask(Op.RESET_WATCHES)
                 assert client.conn.transactions == {}
                 assert store.check() == []
+        # one that is over, was never begun, or is none at all, is no way to the public tree
+        over = client.start()
+        assert client.end(over) == OK
+        for tx in (over, 12345):
+            assert client.write("/local/domain/7/data/through", "x", tx) == "ENOENT"
+            assert client.end(tx) == "ENOENT"
+        assert client.end(0) == "ENOENT"
+        assert store.tree.get(b"/local/domain/7/data/through") is None
 
 
 def test_a_domid_that_is_only_named_is_not_kept(store: XenStore, tool: Guest) -> None:

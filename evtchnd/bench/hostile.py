@@ -1,8 +1,11 @@
-"""What a hostile guest costs its neighbour: the neighbour's load alone and attacked, turn by turn, for each attack.
+"""What a hostile guest costs its neighbour: the neighbour's load beside one that computes, and attacked, turn by turn.
 
 The neighbour's guest (this process) and its worker share a CPU, the attacker and its worker another, and the control
 plane is free to go where there is room: what is shared is the control plane, XenStore, the kernel and its memory, which
 is what an attack could reach through. Where there is but one CPU, the scheduler's share is measured, too.
+
+"Alone" is beside a guest that keeps its own CPU busy and does nothing else: two CPUs are often two threads of one core,
+and beside an idle one the neighbour would be faster by what no daemon can give it.
 
 The load is of the data plane: 4 KiB reads and writes at depth 4, every answer compared. Beside it the neighbour asks
 XenStore one thing after another, in readings of its own.
@@ -37,6 +40,7 @@ ATTACKER = 9
 DISKS, QUEUES = 16, 7
 PAGES = 1024
 STORE_READS = 200
+WARM_S = 0.3
 END_S = 60.0
 # Not isolated: beyond one of these (issue's own limits, for the data plane).
 MOST_P99, LEAST_RATE = 2.0, 0.9
@@ -81,8 +85,10 @@ def run(
         stack.enter_context(_own_cpu(worker, daemon.pid))
         load = Load(disk, store, content, dice)
         for name in chosen:  # what is there once and for all is there now
-            with Attack(daemon.runtime, name):
-                load.leg(0.05)
+            with Attack(daemon.runtime, name) as attack:
+                attack.go(on=True)
+                load.leg(WARM_S)
+                attack.go(on=False)
         _settle(daemon)
         held = [_held(pid) for pid in (daemon.pid, worker)]
         for name in chosen:
