@@ -101,7 +101,7 @@ def test_a_guest_s_disk_goes_on(daemon: KeptDaemon, number: signal.Signals, pass
     guest = Guest(daemon, 7, passed=passed)
     guest.load.start()
     rng = random.Random(number)
-    for _ in range(scaled(60, least=3)):
+    for _ in range(scaled(40, least=2)):
         guest.run()
         time.sleep(rng.random() / 50)
         daemon.restart(number)
@@ -119,7 +119,7 @@ def test_a_crash_loop_under_several_guests(daemon: KeptDaemon) -> None:
     for guest in guests:
         guest.load.start()
     rng = random.Random(1)
-    for count in range(scaled(100, least=8)):
+    for count in range(scaled(120, least=6)):
         daemon.kill(rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
         time.sleep(rng.random() * 0.6)
         if count % 4 == 3:
@@ -391,7 +391,7 @@ def test_a_guest_s_network_goes_on(daemon: KeptDaemon, number: signal.Signals) -
             far.ping(GUEST, 5)
             link = here.link("vif7.0").split(":")[0]
             daemon.ctl("network-set", "7", "0", "--rate", "unlimited")
-            for count in range(scaled(60, least=3)):
+            for count in range(scaled(40, least=2)):
                 daemon.restart(number)
                 until(lambda count=count: daemon.text().count("vif 0: attached again") > count)  # type: ignore[misc]
                 far.ping(GUEST, 10)
