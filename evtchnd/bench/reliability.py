@@ -48,7 +48,12 @@ BOUNDS: dict[str, tuple[str, float]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help="of %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="of everything that is drawn (%(default)s)")
-    parser.add_argument("--share", type=float, default=1.0, help="of the crash points; 1: all (%(default)s)")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="of the crash points of more than two requests (%(default)s)",
+    )
     parser.add_argument("--kills", type=int, default=2000, help="of workers (%(default)s)")
     parser.add_argument(
         "--restarts", type=int, default=20, help="kills of the daemon, each number of guests (%(default)s)"
@@ -63,7 +68,7 @@ def run(arguments: argparse.Namespace) -> Report:
     if unknown := set(chosen) - set(PARTS):
         raise HostError(f"--parts: no {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     parts: dict[str, Callable[[argparse.Namespace], Mapping[str, float]]] = {
-        "crash_points": lambda a: crashpoints.run(crashpoints.Share(a.share, a.share, a.share), a.seed),
+        "crash_points": lambda a: crashpoints.run(crashpoints.Share(1.0, a.share, a.share), a.seed),
         "kills": lambda a: kills.run(a.kills, a.seed),
         "restarts": _restarts,
         "hostile": _hostile,
@@ -99,7 +104,11 @@ def _restarts(arguments: argparse.Namespace) -> Mapping[str, float]:
 
 
 def _hostile(arguments: argparse.Namespace) -> Mapping[str, float]:
-    found = hostile.run(pairs=arguments.pairs, seconds=arguments.seconds, seed=arguments.seed)
+    return hostile_readings(hostile.run(pairs=arguments.pairs, seconds=arguments.seconds, seed=arguments.seed))
+
+
+def hostile_readings(found: Mapping[str, float]) -> dict[str, float]:
+    """By the names of `BOUNDS`: `hostile.` and `leaks.` in front."""
     return {
         f"leaks.{name.removeprefix('leaks_')}" if name.startswith("leaks_") else f"hostile.{name}": value
         for name, value in found.items()
