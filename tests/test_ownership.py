@@ -6,7 +6,8 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from evtchnd.guest.domain import Domain
 from evtchnd.guest.xenstore import XenStore
 from evtchnd.vmm.client import Client, Refused
 from evtchnd.vmm.soft import SoftVmm
+from keptdaemon import KeptDaemon
 from test_control_daemon import image
 from test_xenstore_restart import Daemon as Restarted
 
@@ -115,18 +117,15 @@ def test_a_number_of_the_config_is_its_user_s(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("owner", [ALICE, 0])
-def test_a_domain_is_resumed_by_its_own_user(tmp_path: Path, owner: int) -> None:
-    """After a daemon was killed, what waits for its VMM waits for that user's: its nodes, its number, its guest."""
-    daemon = Restarted(tmp_path)
-    daemon.start()
-    open_to_all(tmp_path)
+@contextmanager
+def a_guest_of(owner: int, folder: Path) -> Iterator[Callable[[], bytes]]:
+    """Domain 7, whose VMM is a process of that user. To be called after the daemon has ended: it resumes, -> its node."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            enter(owner, tmp_path)
+            enter(owner, folder)
             with SoftVmm("vmm.sock", 7, memory=32 * MIB) as vm:
                 domain = Domain(vm)
                 store = XenStore(domain)
@@ -143,27 +142,59 @@ def test_a_domain_is_resumed_by_its_own_user(tmp_path: Path, owner: int) -> None
             os._exit(status)
     theirs.close()
     ours.settimeout(30)
+
+    def resumed() -> bytes:
+        ours.send(b"x")
+        return ours.recv(100)
+
     try:
         assert ours.recv(100) == b"written"
-        daemon.end(signal.SIGKILL)
-        daemon.start()
-        for resume in (False, True):
-            with pytest.raises(Refused, match=rf"domain 7: is uid {owner}'s \(it is kept for its VMM\)") as no:
-                register(BOB, tmp_path, resume=resume)
-            assert no.value.errno == errno.EPERM
-        open_to_all(tmp_path)
-        ours.send(b"x")
-        assert ours.recv(100) == b"secret"
+        yield resumed
         ours.send(b"x")
         assert os.waitpid(pid, 0)[1] == 0
         pid = 0
-        # it has ended: its number is anybody's
-        register(BOB, tmp_path).close()
     finally:
         ours.close()
         if pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("owner", [ALICE, 0])
+def test_a_domain_is_resumed_by_its_own_user(tmp_path: Path, owner: int) -> None:
+    """After a daemon was killed, what waits for its VMM waits for that user's: its nodes, its number, its guest."""
+    daemon = Restarted(tmp_path)
+    daemon.start()
+    open_to_all(tmp_path)
+    try:
+        with a_guest_of(owner, tmp_path) as resumed:
+            daemon.end(signal.SIGKILL)
+            daemon.start()
+            for resume in (False, True):
+                with pytest.raises(Refused, match=rf"domain 7: is uid {owner}'s \(it is kept for its VMM\)") as no:
+                    register(BOB, tmp_path, resume=resume)
+                assert no.value.errno == errno.EPERM
+            open_to_all(tmp_path)
+            assert resumed() == b"secret"
+        # it has ended: its number is anybody's
+        register(BOB, tmp_path).close()
+    finally:
         daemon.end(signal.SIGTERM)
         os.close(daemon.state)
     assert "Traceback" not in daemon.text()
+
+
+@pytest.mark.parametrize("owner", [ALICE, 0])
+def test_what_is_kept_of_a_domain_waits_for_its_own_user(tmp_path: Path, owner: int) -> None:
+    """The same where descriptors are kept, too: another user's new domain of that number does not end it."""
+    with KeptDaemon(tmp_path) as daemon:
+        open_to_all(tmp_path)
+        with a_guest_of(owner, tmp_path) as resumed:
+            daemon.restart()
+            for resume in (False, True):
+                with pytest.raises(Refused) as no:
+                    register(BOB, tmp_path, resume=resume)
+                assert no.value.errno == errno.EPERM
+            open_to_all(tmp_path)
+            assert resumed() == b"secret"
+        register(BOB, tmp_path).close()

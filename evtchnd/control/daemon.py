@@ -496,16 +496,24 @@ class Daemon:
             raise VmmError(f"domain {domid}: {len(self._domains)} are the limit (limits.domains)", errno.ENOSPC)
         if self._store is None:
             raise HostError(f"domain {domid}: evtchnd stops")
-        uid = connection.peer.uid
-        left = self._left_of(register, uid)
+        entries = [entry for entry in self._config.domains if entry.domid == domid]
+        left = self._left.get(domid)
+        if left is not None and isinstance(register, p.Resume):
+            _check_resumed(register, left, uid)
+        # a domain of before this process waits for its VMM: nobody else gets its number, its nodes or its guest
+        kept = [toolstack.owner(self._server, domid)] if self._server.kept(domid) else []
+        kept += [left.said.uid] if left is not None and left.said is not None else []
+        owners = [(entry.uid, "domains[].uid") for entry in entries] + [
+            (each, "it is kept for its VMM") for each in kept
+        ]
+        for owner, why in owners:
+            if owner not in (None, uid) and uid != 0:
+                raise VmmError(f"domain {domid}: is uid {owner}'s ({why}), not {connection.peer}'s", errno.EPERM)
+        if left is not None and not isinstance(register, p.Resume):  # a new domain of that number inherits nothing
+            self._release_kept(domid)
+            left = None
         if left is None:
             self._keeper.require(KEPT, f"domain {domid}")
-        entries = [entry for entry in self._config.domains if entry.domid == domid]
-        # a domain of before this process waits for its VMM: nobody else gets its number, its nodes or its guest
-        kept = toolstack.owner(self._server, domid) if self._server.kept(domid) else None
-        for other_uid, why in (*((entry.uid, "domains[].uid") for entry in entries), (kept, "it is kept for its VMM")):
-            if other_uid not in (None, uid) and uid != 0:
-                raise VmmError(f"domain {domid}: is uid {other_uid}'s ({why}), not {connection.peer}'s", errno.EPERM)
         disks = [spec for entry in entries for spec in entry.disk_specs]
         vifs = [spec for entry in entries for spec in entry.vif_specs]
         descriptors.require(DESCRIPTORS, f"domain {domid}")
@@ -526,27 +534,6 @@ class Daemon:
         self._left.pop(domid, None)
         self._domains[domid] = (domain, connection)
         return domain
-
-    def _left_of(self, register: p.Register, uid: int) -> Left | None:
-        """What a guest that is resumed had before this process. VmmError: it is another's, or cannot be read.
-
-        A new domain of that number inherits nothing.
-        """
-        domid, left = register.domid, self._left.get(register.domid)
-        if left is None:
-            return None
-        if not isinstance(register, p.Resume):
-            self._release_kept(domid)
-            return None
-        if left.said is None:
-            raise VmmError(f"domain {domid}: cannot be resumed: {left.reason}", errno.ESTALE)
-        if left.said.uuid != str(uuid.UUID(bytes=register.uuid)):
-            raise VmmError(
-                f"domain {domid}: cannot be resumed: the guest of that number was {left.said.uuid}", errno.EPERM
-            )
-        if uid not in (0, left.said.uid):
-            raise VmmError(f"domain {domid}: cannot be resumed: its VMM was user {left.said.uid}'s", errno.EPERM)
-        return left
 
     async def _attach_configured(self, domain: Domain, disks: List[DiskSpec], vifs: List[VifSpec]) -> None:
         """The config's devices, before the domain is served. One that cannot be had is missing, with a line."""
@@ -640,6 +627,17 @@ class Daemon:
     def gone(self, connection: VmmConnection) -> None:
         """A connection has ended, and its domain."""
         self._connections.discard(connection)
+
+
+def _check_resumed(register: p.Resume, left: Left, uid: int) -> None:
+    """VmmError: what was left of that guest is another's, or cannot be read."""
+    domid = register.domid
+    if left.said is None:
+        raise VmmError(f"domain {domid}: cannot be resumed: {left.reason}", errno.ESTALE)
+    if left.said.uuid != str(uuid.UUID(bytes=register.uuid)):
+        raise VmmError(f"domain {domid}: cannot be resumed: the guest of that number was {left.said.uuid}", errno.EPERM)
+    if uid not in (0, left.said.uid):
+        raise VmmError(f"domain {domid}: cannot be resumed: its VMM was user {left.said.uid}'s", errno.EPERM)
 
 
 def _store(log_of_store: Log | None, quotas: Quotas) -> XenStore:
