@@ -43,13 +43,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from evtchnd._core.channel import Channel, check_eventfd
-from evtchnd._core.poller import MOST_IN_VAIN, MOST_KICKED, MOST_SKIPPED, SLICE_NS, WAKE_NS, Poller
+from evtchnd._core.poller import MOST_IN_VAIN, MOST_KICKED, MOST_SKIPPED, WAKE_NS, Poller
 
 __all__ = [
     "MOST_IN_VAIN",
     "MOST_KICKED",
     "MOST_SKIPPED",
-    "SLICE_NS",
     "WAKE_NS",
     "Channel",
     "Poller",

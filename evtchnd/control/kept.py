@@ -109,7 +109,7 @@ class Left:
         for disk in disks:
             try:
                 async with asyncio.timeout(_FREED_S):
-                    await freed(disk, lambda: True)
+                    await freed(disk)
             except TimeoutError:
                 log.warning("%s: its image stays locked: requests of a worker that died are in flight", disk.name)
             disk.unlock()
