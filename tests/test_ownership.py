@@ -119,7 +119,7 @@ def test_a_number_of_the_config_is_its_user_s(tmp_path: Path) -> None:
 
 @contextmanager
 def a_guest_of(owner: int, folder: Path) -> Iterator[Callable[[], bytes]]:
-    """Domain 7, whose VMM is a process of that user. To be called after the daemon has ended: it resumes, -> its node."""
+    """Domain 7, whose VMM is a process of that user. Called after the daemon has ended it resumes; -> its node."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
