@@ -22,6 +22,7 @@ _IN = struct.Struct("=IIQQIIIHH")
 _OUT = struct.Struct("=IiQ")
 _READ = struct.Struct("=QQIIQII")
 _ROOT, _FILE = 1, 2
+_ASYNC_DIO = 1 << 15
 LOOKUP, FORGET, GETATTR, SETATTR, OPEN, READ, WRITE, STATFS = 1, 2, 3, 4, 14, 15, 16, 17
 RELEASE, FSYNC, FLUSH, INIT, OPENDIR, RELEASEDIR, BATCH_FORGET = 18, 20, 25, 26, 27, 29, 42
 INTERRUPT, DESTROY = 36, 38
@@ -40,7 +41,7 @@ class FaultyFs:
     data     the file's content: what its storage has
     fail     opcode -> error number that it is answered with
     most     bytes that a WRITE takes at most
-    held     opcodes that are not answered before `release()`
+    held     opcodes that are neither done nor answered before `release()`; taken out of it, later ones are
     seen     how many of each opcode have come
     """
 
@@ -61,6 +62,11 @@ class FaultyFs:
             raise OSError(ctypes.get_errno(), "mount")
         self._thread = threading.Thread(target=self._run, name="faultyfs", daemon=True)
         self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are held."""
+        return len(self._waiting)
 
     def release(self) -> None:
         """Answers what was held, and holds nothing any more."""
@@ -108,7 +114,8 @@ class FaultyFs:
     def _do(self, op: int, node: int, body: bytes) -> bytes | int:
         """The answer, or an error number."""
         if op == INIT:
-            return struct.pack("=IIIIHHIIHHII24x", 7, 31, 0, 0, 12, 9, 1 << 17, 1, 0, 0, 0, 0)
+            # a write past the page cache ends when it is answered, and its caller need not wait for that
+            return struct.pack("=IIIIHHIIHHII24x", 7, 31, 0, _ASYNC_DIO, 12, 9, 1 << 17, 1, 0, 0, 0, 0)
         if op == LOOKUP:
             if body.rstrip(b"\0") != b"disk.img":
                 return errno.ENOENT

@@ -24,9 +24,9 @@ from evtchnd.control.kept import left_of
 from evtchnd.control.sdnotify import Notifier
 from evtchnd.control.state import OLDEST, VERSION, DiskState, DomainState, State, VersionError
 from evtchnd.errors import HostError
+from faultyfs import WRITE, FaultyFs, why_not
 from keptdaemon import until
 from scale import scaled
-from slowdisk import SlowDisk, why_not
 
 
 def a_disk(devid: int = 51712, **values: object) -> DiskState:
@@ -220,12 +220,12 @@ def test_requests_of_a_killed_worker_end_before_the_journal_is_free(tmp_path: Pa
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_a_write_that_outlives_its_worker_keeps_the_journal_locked(tmp_path: Path) -> None:
     """Of a storage that takes its time: the process is long gone, and nobody may replay yet."""
-    with SlowDisk(tmp_path / "slow", 1 << 20) as slow:
-        fd = os.open(slow.path, os.O_RDWR | os.O_DIRECT)
+    with FaultyFs(tmp_path / "slow", 1 << 20) as slow:
+        fd = os.open(slow.image, os.O_RDWR | os.O_DIRECT)
         disk = Disk(7, 51712, "xvda", Image(fd, 1 << 20), target="x", readonly=False, cdrom=False, vbd=Vbd())
         page = mmap.mmap(-1, 4096)
         page.write(b"o" * 4096)
-        slow.hold()
+        slow.held.add(WRITE)
         lent = disk.lend()
         pid = os.fork()
         if pid == 0:
@@ -245,9 +245,9 @@ def test_a_write_that_outlives_its_worker_keeps_the_journal_locked(tmp_path: Pat
         for _ in range(20):
             assert not disk.free()
             time.sleep(0.01)
-        slow.let_go()
+        slow.release()
         until(disk.free, "the journal is locked for ever")
-        assert slow.content[8192:12288] == b"o" * 4096
+        assert slow.data[8192:12288] == b"o" * 4096
         page.close()
         for each in disk.close():
             os.close(each)

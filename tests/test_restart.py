@@ -31,10 +31,10 @@ from evtchnd.guest.xenstore import XenStore
 from evtchnd.vmm.client import Client
 from evtchnd.vmm.soft import MiB, SoftVmm
 from evtchnd.xenstore import client as xenstore
+from faultyfs import WRITE, FaultyFs, why_not
 from hostnetwork import answering, namespace
 from keptdaemon import ROOT, KeptDaemon, until
 from scale import scaled
-from slowdisk import SlowDisk, why_not
 from test_network import GUEST, bridged
 from test_network_passed import BYTES, HOST, queues
 
@@ -189,19 +189,19 @@ def test_nothing_is_replayed_before_an_old_write_has_ended(tmp_path: Path, engin
     """A storage that hangs while the daemon is killed: its disk waits, its neighbour does not, the newer data stays."""
     with (
         KeptDaemon(tmp_path, f"[vbd]\nengine = '{engine}'\n") as daemon,
-        SlowDisk(daemon.folder / "slow", 1 << 20) as slow,
+        FaultyFs(daemon.folder / "slow", 1 << 20) as slow,
     ):
         vm = SoftVmm(daemon.vmm_socket, 7, memory=16 * MiB, come_back=True)
         domain = Domain(vm)
         store = XenStore(domain)
         other = daemon.folder / "other.img"
         other.write_bytes(bytes(1 << 20))
-        daemon.ctl("block-attach", "7", f"format=raw,vdev=xvda,access=rw,cache=none,target={slow.path}")
+        daemon.ctl("block-attach", "7", f"format=raw,vdev=xvda,access=rw,cache=none,target={slow.image}")
         daemon.ctl("block-attach", "7", f"{other},raw,xvdb,w")
         front, beside = Blkfront(domain, store, DEVID), Blkfront(domain, store, 51728)
         front.connect()
         beside.connect()
-        slow.hold()
+        slow.held.add(WRITE)
         front.submit_write(8, b"o" * 4096)
         front.push()
         until(lambda: slow.waiting, "the write was not begun")
@@ -215,12 +215,12 @@ def test_nothing_is_replayed_before_an_old_write_has_ended(tmp_path: Path, engin
         assert slow.waiting == 1
         assert "vbd 51712: attached again" not in daemon.text()
         assert front.in_flight == 1
-        slow.let_go()
+        slow.release()
         (done,) = front.complete()  # once
         assert done.status == 0
         front.write(8, b"n" * 4096)
         time.sleep(0.1)
-        assert slow.content[4096:8192] == b"n" * 4096
+        assert slow.data[4096:8192] == b"n" * 4096
         front.disconnect()
         beside.disconnect()
         daemon.ctl("block-detach", "7", "xvda")
